@@ -1,0 +1,179 @@
+"""Cross-task batch normalisation: statistics over every device of the step, whatever its task or input shape.
+
+GPPF section 3.2 trains batch-norm backbones only with statistics that mix the tasks (without them it diverges, section
+4.2). The devices of one rank, and the units of one lego layer, go through each position together, so that one position
+costs one all-reduce forward and one backward, of the same size on every rank in soft and in hard mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Weighting = Literal["element", "device", "sample"]
+
+
+@dataclass(frozen=True)
+class NormPolicy:
+    """How batch norms of the backbone are computed in training.
+
+    Attributes:
+        weighting: what counts once in the pooled statistics: an element of the map, a device, or an image.
+        synchronise: normalise with the pooled statistics, or each device with its own (the ablation). Running
+            statistics are pooled either way, so that all ranks hold the same buffers.
+        group: the process group of all ranks that hold devices.
+    """
+
+    weighting: Weighting = "element"
+    synchronise: bool = True
+    group: dist.ProcessGroup | None = None
+
+    def share(self, x: Tensor) -> float:
+        """The weight of one device's map (B, C, *spatial) in the pooled statistics."""
+        return {"element": x.numel() / x.shape[1], "device": 1.0, "sample": float(x.shape[0])}[self.weighting]
+
+
+def cross_task_batch_norm(
+    norms: Sequence[nn.BatchNorm2d], lanes: Sequence[tuple[int, Tensor]], policy: NormPolicy
+) -> list[Tensor]:
+    """Normalises each lane with the pooled statistics of its norm, and updates the running statistics of all norms.
+
+    Args:
+        norms: the batch norms at one position of a lego layer, one for each unit (the slots).
+        lanes: (slot, x) with x (B, C, *spatial), for every unit that this rank runs on every one of its devices.
+        policy: see :class:`NormPolicy`.
+
+    Returns:
+        The normalised maps, lane by lane. A norm that no lane of any rank uses keeps its running statistics.
+    """
+    slots = [slot for slot, _ in lanes]
+    used = sorted(set(slots))
+    affine = [tensor for slot in used for tensor in (norms[slot].weight, norms[slot].bias)]
+    plan = _Plan(policy, norms[0].eps, len(norms), slots, used)
+    *outputs, pooled = _CrossTaskBatchNorm.apply(plan, *affine, *[x for _, x in lanes])
+    if not _recomputing():
+        for norm, row in zip(norms, pooled, strict=True):
+            _update_running_statistics(norm, row)
+    return outputs
+
+
+@dataclass(frozen=True)
+class _Plan:
+    policy: NormPolicy
+    eps: float
+    num_slots: int
+    slots: list[int]
+    used: list[int]
+
+
+class _CrossTaskBatchNorm(torch.autograd.Function):
+    """Rows of the pooled statistics: sum of w*mean, sum of w*E[x^2] (C each), sum of w, number of elements; float64."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
+        affine, xs = tensors[: 2 * len(plan.used)], tensors[2 * len(plan.used) :]
+        channels = xs[0].shape[1]
+        local = [_statistics(x, plan.policy.share(x)) for x in xs]
+        pooled = torch.zeros(plan.num_slots, 2 * channels + 2, dtype=torch.float64, device=xs[0].device)
+        for slot, row in zip(plan.slots, local, strict=True):
+            pooled[slot] += row
+        _all_reduce(pooled, plan.policy.group)
+
+        outputs, means, variances, shares = [], [], [], []
+        for slot, x, own in zip(plan.slots, xs, local, strict=True):
+            row = pooled[slot] if plan.policy.synchronise else own
+            mean, variance = _moments(row)
+            weight, bias = affine[2 * plan.used.index(slot) : 2 * plan.used.index(slot) + 2]
+            outputs.append(nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, plan.eps))
+            means.append(mean)
+            variances.append(variance)
+            # The weight of one element of this lane in the statistics that it was normalised with.
+            shares.append(plan.policy.share(x) * channels / x.numel() / row[-2])
+        ctx.save_for_backward(*affine, *xs, *means, *variances, torch.stack(shares))
+        ctx.plan = plan
+        ctx.mark_non_differentiable(pooled)
+        return (*outputs, pooled)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        *saved, shares = ctx.saved_tensors
+        count = len(plan.slots)
+        affine, xs = saved[: 2 * len(plan.used)], saved[2 * len(plan.used) : -2 * count]
+        means, variances = saved[-2 * count : -count], saved[-count:]
+        channels = xs[0].shape[1]
+
+        pooled = torch.zeros(plan.num_slots, 2 * channels, dtype=torch.float64, device=xs[0].device)
+        affine_grads = [torch.zeros_like(tensor) for tensor in affine]
+        direct, own_sums = [], []
+        for slot, x, mean, variance, grad in zip(plan.slots, xs, means, variances, grads[:-1], strict=True):
+            index = 2 * plan.used.index(slot)
+            # With given statistics ("evaluation mode") the kernel returns dy * w / sigma, sum(dy * xhat), sum(dy).
+            dx, dot, total = torch.ops.aten.native_batch_norm_backward(
+                grad.to(x.dtype), x, affine[index], mean, variance, None, None, False, plan.eps, [True, True, True]
+            )
+            affine_grads[index] += dot
+            affine_grads[index + 1] += total
+            own = torch.cat([total, dot]).double()
+            pooled[slot] += own
+            direct.append(dx)
+            own_sums.append(own)
+        _all_reduce(pooled, plan.policy.group)
+
+        x_grads = []
+        for lane, (slot, x) in enumerate(zip(plan.slots, xs, strict=True)):
+            sums = pooled[slot] if plan.policy.synchronise else own_sums[lane]
+            weight = affine[2 * plan.used.index(slot)].double()
+            inverse = torch.rsqrt(variances[lane].double() + plan.eps)
+            # dx = w / sigma * (dy - share * (sum dy + xhat * sum dy*xhat)), written as direct - (offset + slope * x).
+            slope = weight * inverse * shares[lane] * inverse * sums[channels:]
+            offset = weight * inverse * shares[lane] * sums[:channels] - slope * means[lane].double()
+            shape = (1, -1) + (1,) * (x.dim() - 2)
+            x_grads.append(direct[lane] - (offset.float().view(shape) + slope.float().view(shape) * x).to(x.dtype))
+        return (None, *affine_grads, *x_grads)
+
+
+def _statistics(x: Tensor, share: float) -> Tensor:
+    """One device's row. The local moments come from a two-pass kernel, so that nothing cancels where |mean| >> std."""
+    variance, mean = torch.var_mean(x.float(), dim=[0, *range(2, x.dim())], correction=0)
+    mean, variance = mean.double(), variance.double()
+    weights = mean.new_tensor([share, x.numel() / x.shape[1]])
+    return torch.cat([share * mean, share * (variance + mean * mean), weights])
+
+
+def _moments(row: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, fp32, (C,) each. float64 sums leave 1e-16 * mean^2 of rounding in the variance."""
+    channels = (len(row) - 2) // 2
+    mean = row[:channels] / row[-2]
+    variance = (row[channels:-2] / row[-2] - mean * mean).clamp_(min=0)
+    return mean.float(), variance.float()
+
+
+@torch.no_grad()
+def _update_running_statistics(norm: nn.BatchNorm2d, row: Tensor) -> None:
+    """torch's exponential average, with the unbiased variance; left alone where no finite element came."""
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    mean, variance = _moments(row)
+    elements = row[-1]
+    used = (elements > 1) & torch.isfinite(row).all()
+    momentum = norm.momentum if norm.momentum is not None else 1.0 / float(norm.num_batches_tracked + 1)
+    unbiased = variance * (elements / (elements - 1)).float()
+    norm.running_mean.copy_(torch.where(used, norm.running_mean.lerp(mean, momentum), norm.running_mean))
+    norm.running_var.copy_(torch.where(used, norm.running_var.lerp(unbiased, momentum), norm.running_var))
+    norm.num_batches_tracked += used
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None) -> None:
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+
+
+def _recomputing() -> bool:
+    """Whether activation checkpointing is re-running a forward inside backward."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,63 @@
+"""The command line: one entry point, one sub-command per job, each imported only when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from importlib import import_module
+
+from gppf_ds.errors import UserError
+
+COMMANDS = {
+    "train": ("gppf_ds.train.commands:train", "train a recipe; run again, it resumes"),
+    "evaluate": ("gppf_ds.train.commands:evaluate", "evaluate a run's last checkpoint on every task"),
+    "export": ("gppf_ds.transfer.commands:export", "write each task's path as a plain timm model"),
+    "analyze": ("gppf_ds.analysis.commands:analyze", "draw what the controllers learnt"),
+    "summary": ("gppf_ds.analysis.commands:summary", "a run's metrics before and after, and what it wrote"),
+    "demo-data": ("gppf_ds.data.commands:demo_data", "make the demo data sets from bundled real images"),
+    "doctor": ("gppf_ds.doctor:main", "what is installed here, and what would not work and why"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a sub-command and returns the exit code: 0, or 2 for what the user has to mend."""
+    # The deepspeed launcher adds --local_rank; the environment says the same.
+    arguments = [a for a in (sys.argv[1:] if argv is None else argv) if not a.startswith("--local_rank")]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        import gppf_ds
+
+        print(gppf_ds.__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f": did you mean {near[0]!r}?" if near else f": choose from {', '.join(COMMANDS)}."
+        print(f"error: there is no command {name!r}{hint}", file=sys.stderr)
+        return 2
+    module, function = COMMANDS[name][0].split(":")
+    try:
+        return int(getattr(import_module(module), function)(rest) or 0)
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: gppf-ds COMMAND [options]",
+            "",
+            "Trains one vision backbone on many data sets and many kinds of task at once.",
+            "",
+            *lines,
+            "",
+            "gppf-ds COMMAND --help says more. On several devices: deepspeed --module gppf_ds train ...",
+        ]
+    )

@@ -1,0 +1,208 @@
+"""The configuration of a run: plain dataclasses that jsonargparse fills from YAML and the command line.
+
+Every field's docstring is its ``--help`` text. Values that can be judged on their own are judged here, so that a bad
+recipe ends with one sentence before any process group exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gppf_ds.errors import UserError
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+@dataclass(kw_only=True)
+class BackboneConfig:
+    """The lego backbone."""
+
+    name: str = "resnet50"
+    """timm model whose blocks become the units."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for timm.create_model, for example {layers: [1, 1, 1, 1], channels: [16, 32, 64, 128]}."""
+    units: int = 2
+    """Candidate units N in every lego layer (GPPF section 3.2)."""
+    routing: Literal["soft", "hard"] = "soft"
+    """soft mixes all units of a layer; hard runs the chosen one (straight-through)."""
+    checkpoint: bool = False
+    """Recompute the activations of every lego layer in backward."""
+    norm_sync: Literal["cross_task", "none"] = "cross_task"
+    """Batch statistics over every device of the step, or over each device alone (the paper's ablation)."""
+    norm_weighting: Literal["element", "device", "sample"] = "element"
+    """What counts once in cross-task batch statistics: an element of the map, a device, or an image."""
+
+    def __post_init__(self) -> None:
+        _require(self.units >= 1, f"backbone.units must be at least 1, not {self.units}.")
+
+
+@dataclass(kw_only=True)
+class ControllerConfig:
+    """The per-task controllers: Gumbel-softmax over the units (GPPF equation 1 and appendix D.1)."""
+
+    learning_rate: float = 0.01
+    """Adam learning rate of the logits."""
+    temperature_start: float = 5.0
+    temperature_end: float = 0.01
+    decay_share: float = 0.9
+    """Share of all steps over which the temperature falls linearly from start to end."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate >= 0, f"controller.learning_rate must not be negative: {self.learning_rate}.")
+        _require(
+            self.temperature_start >= self.temperature_end > 0,
+            "controller.temperature_end must be above 0 and at most controller.temperature_start "
+            f"(got {self.temperature_start} -> {self.temperature_end}).",
+        )
+        _require(0 < self.decay_share <= 1, f"controller.decay_share must lie in (0, 1], not {self.decay_share}.")
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    """Which task each device runs in each step."""
+
+    kind: Literal["iid", "stratified", "static", "per_batch"] = "iid"
+    """iid: every device draws by weight (the paper). stratified: the same marginals, counts within 1 of the
+    expectation. static: a fixed map. per_batch: one task for all devices (the paper's ablation)."""
+    static: list[str] = field(default_factory=list)
+    """For kind static: task names, dealt to the devices in turn."""
+
+    def __post_init__(self) -> None:
+        _require(
+            bool(self.static) == (self.kind == "static"),
+            "schedule.static lists the tasks of schedule.kind static: give both or neither.",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """The optimizer of backbone and heads."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.02
+    """Peak learning rate, reached after the warm-up; falls to 0 as a cosine."""
+    warmup_steps: int = 0
+    weight_decay: float = 5e-4
+    norm_decay: bool = False
+    """Decay norms and biases too."""
+    momentum: float = 0.9
+    """SGD momentum."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    clip_norm: float = 0.0
+    """Clip the norm of the fused gradient to this; 0 for no clipping (the paper uses none)."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
+        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative: {self.warmup_steps}.")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative: {self.weight_decay}.")
+        _require(self.clip_norm >= 0, f"optimizer.clip_norm must not be negative: {self.clip_norm} (0 means none).")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """How DeepSpeed runs the step."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage: what is partitioned over the ranks (1 optimizer state, 2 gradients, 3 parameters)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """fp32, or mixed precision with fp32 parameters; auto is bf16 where a GPU has it."""
+    offload_optimizer: bool = False
+    """Keep optimizer state and step on the CPU (stages 1 to 3)."""
+    devices_per_rank: int = 1
+    """Virtual devices K: task batches that a rank advances through the backbone together."""
+    accumulation: int = 1
+    """Gradient accumulation: this many groups of devices one after another in one optimizer step."""
+    deepspeed: str | None = None
+    """A DeepSpeed json with further settings (see ds_configs/); keys the recipe owns are refused there."""
+    timeout: float = 600.0
+    """Seconds after which a collective that some rank never joined ends the job."""
+    audit: bool = False
+    """Debug: hash every rank's list of collectives and compare it over the ranks in every step."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.devices_per_rank >= 1, f"engine.devices_per_rank must be at least 1, not {self.devices_per_rank}."
+        )
+        _require(self.accumulation >= 1, f"engine.accumulation must be at least 1, not {self.accumulation}.")
+        _require(self.timeout > 0, f"engine.timeout must be above 0 seconds, not {self.timeout}.")
+        _require(
+            not self.offload_optimizer or self.zero_stage > 0,
+            "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3.",
+        )
+
+
+@dataclass(kw_only=True)
+class LoaderConfig:
+    """Reading the data."""
+
+    workers: int = 2
+    """Worker processes per rank; 0 reads in the training process."""
+    prefetch: int = 4
+    """Batches that each worker reads ahead."""
+    max_unreadable_share: float = 0.01
+    """The run ends when more than this share of a rank's samples could not be read."""
+
+    def __post_init__(self) -> None:
+        _require(self.workers >= 0, f"loader.workers must not be negative: {self.workers}.")
+        _require(self.prefetch >= 1, f"loader.prefetch must be at least 1, not {self.prefetch}.")
+        _require(
+            0 <= self.max_unreadable_share < 1,
+            f"loader.max_unreadable_share must lie in [0, 1), not {self.max_unreadable_share}.",
+        )
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """Saving."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep: int = 2
+    """Checkpoints to keep."""
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}.")
+        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}.")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run, except its tasks."""
+
+    output: str
+    """Folder of the run: configuration, metrics, checkpoints, figures."""
+    steps: int
+    """Optimizer steps."""
+    seed: int = 0
+    evaluate_every: int = 0
+    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
+    guard_limit: int = 20
+    """Consecutive steps with a non-finite loss or gradient after which the run saves a checkpoint and ends."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl (and of the console when it is no terminal)."""
+    metrics_port: int = 0
+    """Prometheus exporter of local rank r listens on this port + r; 0 for none."""
+    metrics_address: str = "127.0.0.1"
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}.")
+        _require(self.seed >= 0, f"seed must not be negative: {self.seed}.")
+        _require(self.evaluate_every >= 0, f"evaluate_every must not be negative: {self.evaluate_every}.")
+        _require(self.guard_limit >= 1, f"guard_limit must be at least 1, not {self.guard_limit}.")
+        _require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}.")
+        _require(
+            self.optimizer.warmup_steps < self.steps,
+            f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below steps ({self.steps}).",
+        )

@@ -1,0 +1,311 @@
+"""SIMT in a DeepSpeed engine: the one file that touches DeepSpeed's internals."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gppf_ds.backbone.controller import Controller, Route, temperature
+from gppf_ds.config import RunConfig
+from gppf_ds.errors import UserError
+from gppf_ds.simt.averaging import scale_for_average
+from gppf_ds.simt.deepspeed_config import deepspeed_config
+from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Segment, fragments_of
+from gppf_ds.simt.model import DeviceLoss, Job, SimtModel
+from gppf_ds.simt.usage import Owner, owner_of, usage_counts
+
+VERIFIED = ("0.19",)
+"""DeepSpeed releases whose internals were checked against this file."""
+
+
+def start_distributed(timeout: float) -> torch.device:
+    """Joins the job's process group (a group of one without a launcher) and returns this rank's device.
+
+    Args:
+        timeout: seconds after which a collective that some rank never joined raises.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    deepspeed = _import_deepspeed()
+    # On CPU DeepSpeed would compile a shared-memory all-reduce here, for minutes; gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout), verbose=False)
+    return device
+
+
+def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not deepspeed.__version__.startswith(VERIFIED):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} is installed, but the task average reaches into internals that were "
+            f"verified with {', '.join(v + '.x' for v in VERIFIED)} only: pip install 'deepspeed>=0.19.8,<0.20'."
+        )
+    return deepspeed
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16 for this device.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError("engine.precision fp16 needs a GPU: use fp32 or bf16 on a CPU.")
+    return wanted
+
+
+def learning_rate(step: int, config: RunConfig) -> float:
+    """Linear warm-up, then a cosine from the peak to 0 at the last step."""
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+
+
+@dataclass
+class StepReport:
+    """What a step did, on this rank."""
+
+    losses: list[DeviceLoss]
+    """Of this rank's devices."""
+    valid: np.ndarray
+    """Which of all devices contributed, (devices,), bool."""
+    skipped: str | None = None
+    """Why the whole step changed nothing, if so."""
+    counts: dict[Owner, int] = field(default_factory=dict)
+
+
+class SimtEngine:
+    """A DeepSpeed engine whose step is a SIMT step with the exact task average.
+
+    Args:
+        model: backbone and heads, equal on every rank.
+        controller: of all tasks; kept outside DeepSpeed, replicated, fp32, with an Adam of its own.
+        config: of the run.
+        device: of this rank.
+    """
+
+    def __init__(self, model: SimtModel, controller: Controller, config: RunConfig, device: torch.device) -> None:
+        deepspeed = _import_deepspeed()
+        self.config = config
+        self.device = device
+        self.stage = config.engine.zero_stage
+        self.precision = resolve_precision(config.engine.precision, device)
+        self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.controller = controller.to(device)
+        self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
+        self.engine = deepspeed.initialize(
+            model=model,
+            optimizer=_optimizer(model, config),
+            config=deepspeed_config(config, self.precision),
+            dist_init_required=False,
+        )[0]
+        self.model: SimtModel = self.engine.module
+        self.owners = {name: owner_of(name) for name, _ in self.model.named_parameters()}
+        self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, _layout(self.engine)) if self.stage else None
+        if self.stage == 0:
+            self.engine.enable_backward_allreduce = False
+
+    @property
+    def num_devices(self) -> int:
+        """Virtual devices of all ranks in one optimizer step."""
+        return self.world_size * self.config.engine.devices_per_rank * self.config.engine.accumulation
+
+    def devices(self) -> list[list[int]]:
+        """This rank's devices, group by group: the groups of one step run one after another (accumulation)."""
+        per_rank, groups = self.config.engine.devices_per_rank, self.config.engine.accumulation
+        return [
+            [(group * self.world_size + self.rank) * per_rank + k for k in range(per_rank)] for group in range(groups)
+        ]
+
+    def route(self, task: str, step: int, device: int) -> Route:
+        """The route of one device in one step: a function of (seed, step, device) and the controller."""
+        noise = self.controller.noise(self.config.seed, step, device)
+        tau = temperature(step, self.config.steps, self.config.controller)
+        if self.config.backbone.routing == "hard":
+            return self.controller.hard_route(task, noise, tau)
+        return self.controller.soft_route(task, noise, tau)
+
+    def step(self, step: int, tasks: Sequence[str], groups: Sequence[Sequence[Job]]) -> StepReport:
+        """One optimizer step.
+
+        Args:
+            step: its number.
+            tasks: the task of every device of all ranks, in device order.
+            groups: this rank's jobs, in the order of :meth:`devices`.
+        """
+        self._set_learning_rate(learning_rate(step, self.config))
+        self.engine.train()
+        paths = self._paths(tasks, step)
+        losses: list[DeviceLoss] = []
+        with self._local_gradients():
+            for jobs in groups:
+                loss, outcomes = self.engine(jobs, self._loss_scale())
+                self.engine.backward(loss, scale_wrt_gas=False)
+                losses.extend(outcomes)
+            valid, skipped = self._agree([job.device for jobs in groups for job in jobs], losses, len(tasks))
+            counts = dict(usage_counts(set(self.owners.values()), tasks, paths, valid))
+            if skipped is not None:
+                counts = dict.fromkeys(counts, 0)
+                for parameter, _ in self.parameters:
+                    parameter.grad = None
+            factor = float(self.world_size) if self.stage == 3 else 1.0
+            gradients = scale_for_average(self.parameters, counts, factor)
+            if self.stage == 0:
+                self.engine.buffered_allreduce_fallback(grads=gradients)
+        if self.masked is not None:
+            self.masked.users = lambda name: counts[self.owners[name]]
+        self.engine.step()
+        self._controller_step(tasks, valid, skipped is not None)
+        return StepReport(losses, valid, skipped, counts)
+
+    def fragments(self) -> list[Fragment]:
+        """Every parameter part that this rank owns, with its optimizer state; together the ranks own each part once."""
+        optimizer = self.masked.optimizer if self.masked is not None else self.engine.optimizer
+        return fragments_of(self._owned(), optimizer.state if optimizer is not None else {})
+
+    def load_fragments(self, whole: Callable[[str, str], Tensor], kinds: Callable[[str], list[str]]) -> None:
+        """Sets parameters and optimizer state from whole, flat tensors.
+
+        Args:
+            whole: (parameter, kind) -> values; kind "master" for the parameter itself.
+            kinds: parameter -> the kinds of optimizer state it has.
+        """
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(whole(name, "master").view_as(parameter))
+        optimizer = self.masked.optimizer if self.masked is not None else self.engine.optimizer
+        for name, start, tensor in self._owned(every_rank=True):
+            values = {kind: whole(name, kind) for kind in kinds(name)}
+            end = start + tensor.numel()
+            with torch.no_grad():
+                tensor.copy_(whole(name, "master")[start:end].view_as(tensor))
+            if optimizer is not None and values:
+                optimizer.state[tensor] = {
+                    kind: value.clone() if value.dim() == 0 else value[start:end].view_as(tensor).to(tensor.device)
+                    for kind, value in values.items()
+                }
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every parameter by name, whole, on the CPU; a collective call at stage 3."""
+        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+
+    def _owned(self, every_rank: bool = False) -> list[tuple[str, int, Tensor]]:
+        """The parameter parts that this rank steps, as (name, start, tensor); at stage 0 rank 0 stands for all."""
+        if self.masked is not None:
+            return [(segment.name, segment.start, view) for segment, view in self.masked.views]
+        return [(name, 0, p) for name, p in self.model.named_parameters()] if every_rank or self.rank == 0 else []
+
+    def _paths(self, tasks: Sequence[str], step: int) -> np.ndarray | None:
+        """Hard mode: the units that every device of every rank chooses, (devices, layers)."""
+        if self.config.backbone.routing == "soft":
+            return None
+        noises = (self.controller.noise(self.config.seed, step, device) for device in range(len(tasks)))
+        return np.array([self.controller.hard_path(task, noise) for task, noise in zip(tasks, noises, strict=True)])
+
+    @contextmanager
+    def _local_gradients(self) -> Iterator[None]:
+        """Backward passes inside leave gradients alone; on exit stages 1 to 3 reduce them in one fixed order."""
+        if self.stage == 0:
+            yield
+        else:
+            with self.engine.coalesce_grad_reduction():
+                yield
+
+    def _agree(
+        self, devices: Sequence[int], losses: Sequence[DeviceLoss], num_devices: int
+    ) -> tuple[np.ndarray, str | None]:
+        """Which devices contribute, and why the whole step must be skipped, if so: the same answer on every rank."""
+        bad = torch.zeros(num_devices + 1, device=self.device)
+        for device, outcome in zip(devices, losses, strict=True):
+            bad[device] = float(not outcome.finite)
+        norms = torch._foreach_norm([p.grad for p, _ in self.parameters if p.grad is not None])
+        if self.precision != "fp16":  # there the loss scaler sees to it
+            bad[-1] = (~torch.isfinite(torch.stack(norms)).all()).float()
+        if self.world_size > 1:
+            dist.all_reduce(bad)
+        flags = bad.cpu().numpy() > 0
+        if flags[-1]:
+            return ~flags[:-1], "non_finite_gradient"
+        return ~flags[:-1], "non_finite_loss" if flags[:-1].all() else None
+
+    def _controller_step(self, tasks: Sequence[str], valid: np.ndarray, skipped: bool) -> None:
+        """Task average and Adam step of the controller rows (N_p = devices that run the task)."""
+        names = list(self.controller.logits)
+        rows = [self.controller.logits[name] for name in names]
+        flat = torch.stack([row.grad if row.grad is not None else torch.zeros_like(row) for row in rows])
+        if self.world_size > 1:
+            dist.all_reduce(flat)
+        flat = flat / self._loss_scale()
+        usable = not skipped and bool(torch.isfinite(flat).all())
+        for row, name, grad in zip(rows, names, flat, strict=True):
+            count = int(np.sum(valid & (np.asarray(tasks) == name)))
+            row.grad = grad / count if count and usable else None
+        self.controller_optimizer.step()
+        self.controller_optimizer.zero_grad()
+
+    def _loss_scale(self) -> float:
+        if self.precision != "fp16":
+            return 1.0
+        scaler = self.engine.torch_autocast_z0_gradscaler
+        return float(scaler.get_scale() if scaler is not None else self.engine.optimizer.loss_scale)
+
+    def _set_learning_rate(self, value: float) -> None:
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = value
+
+
+def _optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over two groups: what decays, and norms and biases."""
+    settings = config.optimizer
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for _, p in trained if p.dim() > 1 or settings.norm_decay]
+    small = [p for _, p in trained if not (p.dim() > 1 or settings.norm_decay)]
+    groups = [{"params": plain, "weight_decay": settings.weight_decay}, {"params": small, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+
+
+def _layout(engine: Any) -> list[tuple[Tensor, list[Segment]]]:
+    """Where the parameters' parts lie in this rank's flat fp32 partitions."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    layout = []
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        segments = []
+        for parameter in group:
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                inside, part = mapping.lp_fragment_address, mapping.hp_fragment_address
+                segments.append(Segment(names[parameter], inside.start, part.start, part.numel))
+        layout.append((flat, segments))
+    return layout

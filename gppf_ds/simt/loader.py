@@ -1,0 +1,135 @@
+"""Reading exactly the batches that the schedule gives this rank, ahead of time, in one pool of worker processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from gppf_ds.config import LoaderConfig
+from gppf_ds.errors import SampleError, UserError
+from gppf_ds.seeding import SAMPLE, seed_global_generators
+from gppf_ds.simt.sampler import Request
+from gppf_ds.tasks.task import Dataset
+
+MAX_ATTEMPTS = 50
+"""Unreadable samples in a row after which a batch is given up."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class LoadedBatch:
+    """A collated batch, still on the CPU."""
+
+    request: Request
+    data: Any
+    unreadable: list[str] = field(default_factory=list)
+    """What could not be read and was replaced by the task's next sample."""
+
+
+@dataclass
+class TaskReader:
+    """One task's data set and how its samples become a batch."""
+
+    dataset: Dataset
+    collate: Callable[[list[Any]], Any]
+
+
+class RequestDataset(torch.utils.data.Dataset[LoadedBatch]):
+    """Answers a :class:`Request` with its batch; a sample's randomness is a function of (seed, task, epoch, index)."""
+
+    def __init__(self, readers: Mapping[str, TaskReader], seed: int) -> None:
+        self.readers = dict(readers)
+        self.seed = seed
+
+    def __getitem__(self, request: Request) -> LoadedBatch:
+        reader = self.readers[request.task]
+        unreadable: list[str] = []
+        pairs = zip(request.epochs, request.indices, strict=True)
+        samples = [self._sample(reader.dataset, request.task, epoch, index, unreadable) for epoch, index in pairs]
+        return LoadedBatch(request, reader.collate(samples), unreadable)
+
+    def _sample(self, dataset: Dataset, task: str, epoch: int, index: int, unreadable: list[str]) -> Any:
+        for attempt in range(MAX_ATTEMPTS):
+            candidate = (index + attempt) % len(dataset)
+            seed_global_generators(self.seed, SAMPLE, task, epoch, candidate)
+            try:
+                return dataset[candidate]
+            except (OSError, SampleError) as error:
+                unreadable.append(f"{task}: sample {candidate}: {error}")
+        raise UserError(f"task {task!r}: {MAX_ATTEMPTS} samples in a row are unreadable; the last: {unreadable[-1]}.")
+
+
+def load(
+    readers: Mapping[str, TaskReader], requests: Iterable[Request], seed: int, config: LoaderConfig
+) -> Iterator[LoadedBatch]:
+    """The batches for the requests, in their order.
+
+    Args:
+        readers: by task.
+        requests: what this rank's devices read, step by step.
+        seed: of the run.
+        config: workers and prefetch.
+    """
+    workers = config.workers
+    return iter(
+        DataLoader(
+            RequestDataset(readers, seed),
+            batch_size=None,
+            sampler=requests,
+            num_workers=workers,
+            prefetch_factor=config.prefetch if workers else None,
+            collate_fn=_identity,  # type: ignore[arg-type]
+            worker_init_fn=_start_worker,
+        )
+    )
+
+
+def _identity(batch: LoadedBatch) -> LoadedBatch:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """One thread per worker: the pool is the parallelism."""
+    torch.set_num_threads(1)
+    try:
+        import cv2
+
+        cv2.setNumThreads(0)
+    except ImportError:
+        pass
+
+
+class UnreadableSamples:
+    """Counts what could not be read and ends the run when it is more than the configured share."""
+
+    def __init__(self, config: LoaderConfig) -> None:
+        self.limit = config.max_unreadable_share
+        self.read = 0
+        self.lost = 0
+        self._known: set[str] = set()
+
+    def observe(self, batch: LoadedBatch) -> None:
+        """Logs each unreadable sample once.
+
+        Raises:
+            UserError: too many of the samples read so far were unreadable.
+        """
+        self.read += len(batch.request.indices)
+        self.lost += len(batch.unreadable)
+        for message in batch.unreadable:
+            if message not in self._known:
+                self._known.add(message)
+                log.warning("unreadable sample replaced: %s", message)
+        # A single bad file early on is no verdict about the set.
+        if self.lost > self.limit * max(self.read, 200):
+            raise UserError(
+                f"{self.lost} of {self.read} samples could not be read, more than loader.max_unreadable_share "
+                f"({self.limit:.1%}): repair the data (the last: {batch.unreadable[-1] if batch.unreadable else ''}) "
+                "or raise the share."
+            )

@@ -1,0 +1,143 @@
+"""The network of a SIMT step: one backbone, one head per task, and the devices of this rank that pass through them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gppf_ds.backbone.lego import LegoBackbone, Pass
+from gppf_ds.backbone.norm import NormPolicy
+from gppf_ds.seeding import FORWARD, seed_global_generators
+from gppf_ds.tasks.task import Batch, Head
+
+HEAD_STREAM = "head"
+"""Stands for the head where a lego layer would give its index, in the key of a device's randomness."""
+
+
+@dataclass
+class Job:
+    """What one device does in one step."""
+
+    device: int
+    task: str
+    batch: Batch
+    passing: Pass
+
+
+@dataclass
+class DeviceLoss:
+    """The outcome of one device's head."""
+
+    terms: dict[str, float]
+    """Loss terms as the head named them, unweighted."""
+    finite: bool
+    """Whether the loss and every gradient the head produced are finite."""
+
+
+class HeadBank(nn.Module):
+    """The heads of all tasks behind one module, so that ZeRO-3 gathers them as one.
+
+    Heads run forward and backward here, one device after another, against detached features. What they leave is their
+    gradients, which :class:`_StoredGradients` hands to autograd as if the heads stood in the graph. So a device whose
+    loss or gradients are not finite is known, and its share dropped, before anything has been mixed; activations of
+    one head are freed before the next starts; and the graph that DeepSpeed sees has the same shape on every rank.
+    """
+
+    def __init__(self, heads: Mapping[str, Head], loss_weights: Mapping[str, float]) -> None:
+        super().__init__()
+        self.bank = nn.ModuleDict(heads)
+        self.loss_weights = dict(loss_weights)
+
+    def forward(
+        self, jobs: Sequence[Job], features: Sequence[Sequence[Tensor]], loss_scale: float
+    ) -> tuple[Tensor, list[DeviceLoss]]:
+        """The sum of the weighted losses of all finite devices, differentiable, and the outcome of each device.
+
+        Args:
+            jobs: this rank's devices.
+            features: their feature maps.
+            loss_scale: gradients of the heads are computed scaled by this (fp16) and handed on unscaled.
+        """
+        names = sorted({job.task for job in jobs})
+        parameters = [p for name in names for p in self.bank[name].parameters() if p.requires_grad]
+        sums: dict[Tensor, Tensor] = {}
+        feature_grads: list[Tensor] = []
+        outcomes: list[DeviceLoss] = []
+        total = features[0][0].new_zeros((), dtype=torch.float32)
+        for job, maps in zip(jobs, features, strict=True):
+            head_parameters = [p for p in self.bank[job.task].parameters() if p.requires_grad]
+            loss, outcome, grads = self._run(job, maps, head_parameters, loss_scale)
+            outcomes.append(outcome)
+            if outcome.finite:
+                total = total + loss
+                for parameter, grad in zip(head_parameters, grads, strict=False):
+                    if grad is not None:
+                        sums[parameter] = sums[parameter] + grad if parameter in sums else grad
+            for x, grad in zip(maps, grads[len(head_parameters) :], strict=True):
+                feature_grads.append(torch.zeros_like(x) if grad is None or not outcome.finite else grad)
+        stored = feature_grads + [sums.get(p, torch.zeros_like(p)) for p in parameters]
+        flat = [x for maps in features for x in maps]
+        return _StoredGradients.apply(total, stored, loss_scale, *flat, *parameters), outcomes
+
+    def _run(
+        self, job: Job, maps: Sequence[Tensor], parameters: Sequence[Tensor], loss_scale: float
+    ) -> tuple[Tensor, DeviceLoss, Sequence[Tensor | None]]:
+        """Loss, outcome, and the scaled gradients of the head's parameters followed by those of the features."""
+        seed, step, device = job.passing.key
+        seed_global_generators(seed, FORWARD, step, device, HEAD_STREAM)
+        leaves = [x.detach().requires_grad_() for x in maps]
+        with torch.enable_grad():
+            terms = self.bank[job.task].loss(leaves, job.batch.targets)  # type: ignore[operator]
+            loss = torch.stack([term.float() for term in terms.values()]).sum() * self.loss_weights[job.task]
+            inputs = [*parameters, *leaves]
+            grads = torch.autograd.grad(loss, inputs, loss.new_tensor(loss_scale), allow_unused=True)
+        finite = torch.isfinite(loss.detach())
+        for grad in grads:
+            if grad is not None:
+                finite = finite & torch.isfinite(grad).all()
+        return loss.detach(), DeviceLoss({k: float(v.detach()) for k, v in terms.items()}, bool(finite)), grads
+
+
+class _StoredGradients(torch.autograd.Function):
+    """A loss whose gradient with respect to its inputs is already known."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, stored: list[Tensor], loss_scale: float, *inputs: Tensor) -> Tensor:
+        ctx.stored, ctx.loss_scale = stored, loss_scale
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        factor = grads[0] / ctx.loss_scale
+        return (None, None, None, *(stored * factor.to(stored.dtype) for stored in ctx.stored))
+
+
+class SimtModel(nn.Module):
+    """Backbone and heads; what the DeepSpeed engine holds."""
+
+    def __init__(
+        self,
+        backbone: LegoBackbone,
+        heads: Mapping[str, Head],
+        loss_weights: Mapping[str, float],
+        policy: NormPolicy | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.heads = HeadBank(heads, loss_weights)
+        self.policy = policy or NormPolicy()
+
+    def forward(self, jobs: Sequence[Job], loss_scale: float = 1.0) -> tuple[Tensor, list[DeviceLoss]]:
+        """Runs this rank's devices through backbone and heads; see :meth:`HeadBank.forward`."""
+        features = self.backbone([job.passing for job in jobs], self.policy)
+        return self.heads(jobs, features, loss_scale)
+
+    @torch.no_grad()
+    def predict(self, task: str, batch: Batch, passing: Pass) -> list[Any]:
+        """One task's predictions for one batch, without any collective."""
+        features = self.backbone([passing], self.policy)[0]
+        return self.heads.bank[task].predict(features, batch.targets)  # type: ignore[operator]

@@ -1,0 +1,251 @@
+"""Image classification: a folder of class folders, timm's augmentation, global average pooling and a linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from gppf_ds.errors import UserError
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, Split, Task
+
+TOP_K = 5
+
+
+class Classification(Task):
+    """One label per image, from ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (torchvision's ImageFolder layout).
+
+    The defaults are random crop and flip alone, as GPPF appendix D.2 trains its ten small sets; its ImageNet recipe
+    (section 4.1) adds mixup 0.8, cutmix 1.0, random_erasing 0.25, label_smoothing 0.1 and a rand_augment policy.
+
+    Args:
+        data: folder with ``train/`` and ``val/``.
+        batch_size: images per device and step; even where mixup or cutmix is on.
+        weight: sampling weight of the task.
+        loss_weight: factor on the loss.
+        image_size: side of the square input in pixels.
+        classes: outputs of the head; the number of class folders where not given.
+        mixup: alpha of the Beta distribution of mixup's share, 0 for none.
+        cutmix: the same for cutmix; with both on, each batch takes one of them at random.
+        label_smoothing: probability spread evenly over all classes, in training.
+        rand_augment: a timm policy such as ``rand-m9-mstd0.5-inc1``.
+        random_erasing: probability that a rectangle of the image is replaced by noise.
+        flip: probability of a horizontal flip.
+        crop_scale: range of the share of the image's area that a training crop covers.
+        val_crop: side of the centre crop over the short side of the resized image in evaluation.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    headline = "top1"
+
+    def __init__(
+        self,
+        data: str,
+        batch_size: int,
+        weight: float = 1.0,
+        loss_weight: float = 1.0,
+        image_size: int = 224,
+        classes: int | None = None,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        rand_augment: str | None = None,
+        random_erasing: float = 0.0,
+        flip: float = 0.5,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        val_crop: float = 0.875,
+    ) -> None:
+        super().__init__(batch_size, weight, loss_weight)
+        if (mixup > 0 or cutmix > 0) and batch_size % 2:
+            raise UserError(f"mixup and cutmix mix pairs of images: make batch_size even, not {batch_size}.")
+        if image_size < 32:
+            raise UserError(f"image_size must be at least 32 pixels, not {image_size}.")
+        for name, share in (("label_smoothing", label_smoothing), ("random_erasing", random_erasing), ("flip", flip)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} must lie in [0, 1], not {share}.")
+        if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+            raise UserError(f"crop_scale must be an ascending range of area shares in (0, 1], not {crop_scale}.")
+        if not 0 < val_crop <= 1:
+            raise UserError(f"val_crop must lie in (0, 1], not {val_crop}.")
+        self.data = Path(data)
+        self.image_size = image_size
+        self.mixup = mixup
+        self.cutmix = cutmix
+        self.label_smoothing = label_smoothing
+        self.rand_augment = rand_augment
+        self.random_erasing = random_erasing
+        self.flip = flip
+        self.crop_scale = crop_scale
+        self.val_crop = val_crop
+        self._classes = classes
+
+    @cached_property
+    def classes(self) -> int:
+        """Outputs of the head."""
+        return self._classes or len(_class_names(self.data / "train"))
+
+    def check(self) -> None:
+        """Raises :class:`UserError` where the folders, their classes or ``rand_augment`` cannot work."""
+        names = {split: _class_names(self.data / split) for split in ("train", "val")}
+        for split in names:
+            folder = self.data / split
+            if not _has_image(folder):
+                raise UserError(f"{folder} has no image in its class folders: put CLASS/IMAGE.jpg files into it.")
+        if difference := sorted(set(names["train"]) ^ set(names["val"])):
+            only = "train" if difference[0] in names["train"] else "val"
+            raise UserError(
+                f"{self.data}: train and val must have the same class folders, but {len(difference)} are in one of "
+                f"them only, the first is '{difference[0]}' (in {only}): add or remove these folders."
+            )
+        if self.classes < len(names["train"]):
+            raise UserError(
+                f"classes is {self.classes}, but {self.data / 'train'} has {len(names['train'])} class folders: "
+                "raise classes or leave it out."
+            )
+        try:
+            self._transform("train")
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UserError(f"rand_augment '{self.rand_augment}' is not a timm policy: {error}") from error
+
+    def dataset(self, split: Split) -> Dataset:
+        """Samples are (uint8 image (3, image_size, image_size), label)."""
+        from torchvision.datasets import ImageFolder
+
+        return ImageFolder(
+            str(self.data / split), transform=self._transform(split), loader=_read_image, allow_empty=True
+        )
+
+    def _transform(self, split: Split) -> Any:
+        from timm.data import create_transform
+
+        if split == "val":
+            return create_transform(self.image_size, crop_pct=self.val_crop, interpolation="bicubic", normalize=False)
+        return create_transform(
+            self.image_size,
+            is_training=True,
+            scale=self.crop_scale,
+            hflip=self.flip,
+            color_jitter=None,
+            auto_augment=self.rand_augment,
+            interpolation="bicubic",
+            normalize=False,
+        )
+
+    def collate(self, samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
+        """Images stay bytes until they are on the device: a quarter of the traffic."""
+        images, labels = zip(*samples, strict=True)
+        return {"images": torch.stack(images), "labels": torch.tensor(labels)}
+
+    def preprocess(self, batch: dict[str, Tensor], device: torch.device, training: bool) -> Batch:
+        """Targets are labels (B,), or class probabilities (B, classes) after mixup or cutmix."""
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+        from timm.data.random_erasing import RandomErasing
+        from torchvision.transforms.v2.functional import normalize
+
+        images = batch["images"].to(device, non_blocking=True).float().div(255)
+        images = normalize(images, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+        labels = batch["labels"].to(device, non_blocking=True)
+        if training and self.random_erasing > 0:
+            images = RandomErasing(self.random_erasing, mode="pixel", device=device)(images)
+        if training and (self.mixup > 0 or self.cutmix > 0):
+            # The loss smooths the labels, mixed or not.
+            mix = Mixup(self.mixup, self.cutmix, label_smoothing=0.0, num_classes=self.classes)
+            images, labels = mix(images, labels)
+        return Batch(images, labels)
+
+    def build_head(self, features: FeatureInfo) -> Head:
+        """A linear layer on the coarsest map."""
+        return ClassificationHead(features.channels[-1], self.classes, self.label_smoothing)
+
+    def metric(self) -> Accuracy:
+        """Top-1, top-5 and mean per-class accuracy."""
+        return Accuracy(self.classes)
+
+
+class ClassificationHead(Head):
+    """Global average pooling and a linear layer; cross-entropy (GPPF section 4.1)."""
+
+    def __init__(self, channels: int, classes: int, label_smoothing: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, classes)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        """Logits (B, classes)."""
+        return self.linear(features[-1].mean(dim=(2, 3)))
+
+    def loss(self, features: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        """Cross-entropy with labels (B,) or class probabilities (B, classes)."""
+        logits = self(features).float()
+        return {"cross_entropy": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)}
+
+    def predict(self, features: list[Tensor], targets: Tensor) -> list[Tensor]:
+        """Per image the min(5, classes) best classes, best first."""
+        logits = self(features)
+        return list(logits.topk(min(TOP_K, logits.shape[1])).indices.cpu())
+
+
+class Accuracy:
+    """``top1`` and ``top5`` over all images and ``mean_class``, the mean over the classes of their top-1 accuracy.
+
+    Mean per-class accuracy is what GPPF table 7 gives for Aircraft, Pets, Caltech-101 and Flowers. All are in [0, 1];
+    classes without images do not count. With fewer than 5 classes, ``top5`` is the accuracy of all of them.
+    """
+
+    def __init__(self, classes: int) -> None:
+        # Per class: images whose first, and one of whose first five predictions, is right; images.
+        self._counts = torch.zeros(3, classes, dtype=torch.int64)
+
+    def update(self, predictions: Sequence[Tensor], targets: Tensor) -> None:
+        """Adds the ranked classes (k,) of every image and the labels (B,)."""
+        labels = targets.cpu()
+        right = torch.stack(list(predictions)) == labels[:, None]
+        hits = torch.stack([right[:, 0], right.any(dim=1), torch.ones_like(labels, dtype=torch.bool)])
+        self._counts.index_add_(1, labels, hits.long())
+
+    def state(self) -> Tensor:
+        """The counts (3, classes)."""
+        return self._counts
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        """Adds up the counts of all ranks."""
+        self._counts = torch.stack(list(states)).sum(dim=0)
+
+    def compute(self) -> dict[str, float]:
+        """The accuracies; NaN where no image was seen."""
+        first, top, images = self._counts.double()
+        return {
+            "top1": float(first.sum() / images.sum()),
+            "top5": float(top.sum() / images.sum()),
+            "mean_class": float((first / images)[images > 0].mean()),
+        }
+
+
+def _class_names(folder: Path) -> list[str]:
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"{folder} cannot be listed ({error.strerror}): data must hold train/ and val/.") from error
+    if not names:
+        raise UserError(f"{folder} has no class folders: put the images of each class into a folder of their own.")
+    return names
+
+
+def _has_image(folder: Path) -> bool:
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.glob("*/**/*"))
+
+
+def _read_image(path: str) -> Image.Image:
+    from gppf_ds.data.folders import read_rgb
+
+    return read_rgb(Path(path))

@@ -1,0 +1,342 @@
+"""Monocular depth: pairs of an image and a 16-bit depth map, the BTS decoder, the scale-invariant log loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gppf_ds.errors import SampleError, UserError
+from gppf_ds.tasks.bts import BTSDecoder
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, Split, Task
+
+SIZE_MULTIPLE = 32
+"""Sides of the network's input are multiples of the backbone's coarsest stride."""
+
+Augment = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+LOG_OFFSET = 1e-3
+"""Metres added to both depths before the logarithm of the loss."""
+
+ROTATE_PROBABILITY = COLOR_PROBABILITY = 0.5
+
+# The part of a KITTI image, in shares of its height and width, that holds lidar points (Garg et al., ECCV 2016).
+GARG_ROWS = (0.40810811, 0.99189189)
+GARG_COLUMNS = (0.03594771, 0.96405229)
+
+
+@dataclass
+class DepthTargets:
+    """Depth of a batch and the part of it that is no padding."""
+
+    depth: Tensor
+    """(B, H, W) metres, 0 = not measured."""
+    sizes: list[tuple[int, int]]
+    """(height, width) of each image before padding at the bottom and on the right."""
+
+
+class Depth(Task):
+    """Depth in metres for every pixel, from one image (GPPF appendix D.2, KITTI row; loss and decoder of BTS).
+
+    The defaults are the KITTI protocol of the public BTS recipes; ``depth_scale`` is 1/256 there.
+
+    Args:
+        data: root folder.
+        batch_size: images per device and step.
+        weight: sampling weight of the task.
+        loss_weight: factor on the loss; GPPF has 0.1 for KITTI.
+        images: folder of the images under the root, ``{split}`` stands for train and val.
+        depth: folder of the 16-bit ``.png`` depth maps, one for each image and of its size and stem, 0 = not measured.
+        depth_scale: metres per stored unit.
+        min_depth: pixels at this depth or nearer, in metres, neither train nor count.
+        max_depth: pixels at this depth or farther, in metres, neither train nor count; the head's output ends here.
+        input_size: (height, width) of the training crop, multiples of 32; smaller images are padded.
+        flip: probability of a horizontal flip.
+        rotate: largest rotation either way in degrees, for half of the images; 0 for none.
+        color: largest relative change of gamma, brightness and each colour, for half of the images; 0 for none.
+        variance_focus: lambda of the loss, the share of the common scale error that is forgiven.
+        head_channels: width of the decoder, a multiple of 16.
+        garg_crop: count only the part of an image that holds lidar points on KITTI.
+
+    Raises:
+        UserError: an argument is out of its range.
+    """
+
+    headline = "abs_rel"
+    higher_is_better = False
+    min_stride = 2
+
+    def __init__(
+        self,
+        data: str,
+        batch_size: int,
+        weight: float = 1.0,
+        loss_weight: float = 1.0,
+        images: str = "images/{split}",
+        depth: str = "depth/{split}",
+        depth_scale: float = 0.001,
+        min_depth: float = 1e-3,
+        max_depth: float = 80.0,
+        input_size: tuple[int, int] = (352, 704),
+        flip: float = 0.5,
+        rotate: float = 2.5,
+        color: float = 0.1,
+        variance_focus: float = 0.85,
+        head_channels: int = 512,
+        garg_crop: bool = False,
+    ) -> None:
+        super().__init__(batch_size, weight, loss_weight)
+        if any(side < SIZE_MULTIPLE or side % SIZE_MULTIPLE for side in input_size):
+            raise UserError(f"input_size must be (height, width) in multiples of {SIZE_MULTIPLE}, not {input_size}.")
+        if not 0 < min_depth < max_depth:
+            raise UserError(f"min_depth must be above 0 and below max_depth, not {min_depth} and {max_depth}.")
+        if depth_scale <= 0:
+            raise UserError(f"depth_scale must be above 0 metres per unit, not {depth_scale}.")
+        for name, share in (("flip", flip), ("color", color), ("variance_focus", variance_focus)):
+            if not 0 <= share <= 1:
+                raise UserError(f"{name} must lie in [0, 1], not {share}.")
+        self.data = Path(data)
+        self.folders = (images, depth)
+        self.depth_scale = depth_scale
+        self.min_depth = min_depth
+        self.max_depth = max_depth
+        self.input_size = tuple(input_size)
+        self.flip = flip
+        self.rotate = rotate
+        self.color = color
+        self.variance_focus = variance_focus
+        self.head_channels = head_channels
+        self.garg_crop = garg_crop
+
+    def check(self) -> None:
+        """Raises :class:`UserError` where folders, pairs or ``depth_scale`` cannot work."""
+        for split in ("train", "val"):
+            _check_range(self._pairs(split), self.depth_scale, self.min_depth, self.max_depth)
+
+    def dataset(self, split: Split) -> Dataset:
+        """Samples are (uint8 image (3, H, W), float32 metres (H, W)): crops to train on, whole images for ``val``."""
+        return DepthDataset(self._pairs(split), self.depth_scale, self._augment if split == "train" else None)
+
+    def _pairs(self, split: str) -> list[tuple[Path, Path]]:
+        from gppf_ds.data.folders import pair_by_stem
+
+        images, depth = (self.data / folder.format(split=split) for folder in self.folders)
+        return pair_by_stem(images, depth, ".png")
+
+    def _augment(self, image: Tensor, depth: Tensor) -> tuple[Tensor, Tensor]:
+        """(3, H, W) bytes and (H, W) metres -> the same at ``input_size``, changed alike; new pixels have no depth."""
+        from torchvision import tv_tensors
+        from torchvision.transforms import v2
+
+        steps: list[torch.nn.Module] = []
+        if self.rotate > 0:
+            rotation = v2.RandomRotation(self.rotate, interpolation=v2.InterpolationMode.BILINEAR)
+            steps.append(v2.RandomApply([rotation], p=ROTATE_PROBABILITY))
+        steps += [v2.RandomCrop(self.input_size, pad_if_needed=True), v2.RandomHorizontalFlip(self.flip)]
+        # A mask is transformed by nearest neighbour: depths are never mixed across an edge.
+        both = v2.Compose(steps)(tv_tensors.Image(image), tv_tensors.Mask(depth[None]))
+        image, depth = (part.as_subclass(Tensor) for part in both)
+        return jitter_color(image, self.color), depth[0]
+
+    def collate(self, samples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Pads to the largest image, and on to multiples of 32: images by their last pixels, depth by 0."""
+        from torchvision.transforms.v2.functional import pad
+
+        sizes = [(depth.shape[0], depth.shape[1]) for _, depth in samples]
+        height, width = (-(-max(sides) // SIZE_MULTIPLE) * SIZE_MULTIPLE for sides in zip(*sizes, strict=True))
+        images, depths = [], []
+        for (image, depth), size in zip(samples, sizes, strict=True):
+            missing = [0, 0, width - size[1], height - size[0]]
+            images.append(pad(image, missing, padding_mode="edge"))
+            depths.append(pad(depth[None], missing)[0])
+        return {"images": torch.stack(images), "depth": torch.stack(depths), "sizes": sizes}
+
+    def preprocess(self, batch: dict[str, Any], device: torch.device, training: bool) -> Batch:
+        """Targets are :class:`DepthTargets` on the device."""
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+        from torchvision.transforms.v2.functional import normalize
+
+        images = batch["images"].to(device, non_blocking=True).float().div(255)
+        images = normalize(images, list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD))
+        return Batch(images, DepthTargets(batch["depth"].to(device, non_blocking=True), batch["sizes"]))
+
+    def build_head(self, features: FeatureInfo) -> Head:
+        """A BTS decoder that takes every map of the backbone."""
+        decoder = BTSDecoder(features, self.head_channels, self.max_depth)
+        return DepthHead(decoder, self.min_depth, self.max_depth, self.variance_focus)
+
+    def metric(self) -> DepthMetric:
+        """The seven metrics of the Eigen protocol."""
+        return DepthMetric(self.min_depth, self.max_depth, self.garg_crop)
+
+
+class DepthDataset:
+    """Reads pairs of an image and a depth map; ``augment`` changes both alike."""
+
+    def __init__(self, pairs: list[tuple[Path, Path]], depth_scale: float, augment: Augment | None) -> None:
+        self.pairs = pairs
+        self.depth_scale = depth_scale
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        from torchvision.transforms.v2.functional import pil_to_tensor
+
+        from gppf_ds.data.folders import read_depth, read_rgb
+
+        image_path, depth_path = self.pairs[index]
+        image = pil_to_tensor(read_rgb(image_path))
+        depth = torch.from_numpy(read_depth(depth_path, self.depth_scale))
+        if image.shape[1:] != depth.shape:
+            raise SampleError(f"{depth_path} is {_size(depth)}, but its image {image_path.name} is {_size(image)}.")
+        return self.augment(image, depth) if self.augment else (image, depth)
+
+
+class DepthHead(Head):
+    """The decoder with its loss; predictions are (H, W) metres, clipped to [min_depth, max_depth]."""
+
+    def __init__(self, decoder: BTSDecoder, min_depth: float, max_depth: float, variance_focus: float) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.min_depth = min_depth
+        self.max_depth = max_depth
+        self.variance_focus = variance_focus
+
+    def loss(self, features: list[Tensor], targets: DepthTargets) -> dict[str, Tensor]:
+        """The scale-invariant log loss over the measured pixels of the batch."""
+        depth = targets.depth
+        valid = (depth > self.min_depth) & (depth < self.max_depth)
+        prediction = self.decoder(features).squeeze(1)
+        return {"silog": scale_invariant_log_loss(prediction, depth, valid, self.variance_focus)}
+
+    def predict(self, features: list[Tensor], targets: DepthTargets) -> list[Tensor]:
+        """One map per image, without the padding."""
+        depths = self.decoder(features).squeeze(1).clamp(self.min_depth, self.max_depth).cpu()
+        return [depth[:height, :width] for depth, (height, width) in zip(depths, targets.sizes, strict=True)]
+
+
+def scale_invariant_log_loss(prediction: Tensor, depth: Tensor, valid: Tensor, variance_focus: float) -> Tensor:
+    """sqrt(var(g) + (1 - lambda) mean(g)^2) with g the difference of the logarithms (Eigen et al. 2014; BTS section 3).
+
+    Without a valid pixel the loss is (as good as) 0 and so are its gradients.
+
+    Args:
+        prediction: metres, any shape.
+        depth: metres, the same shape.
+        valid: the pixels that count.
+        variance_focus: lambda; at 1 an error common to all pixels costs nothing.
+    """
+    # Weights in place of selected pixels: shapes, and with them the work on a GPU, do not depend on the data.
+    share = valid.float() / valid.sum().clamp(min=1)
+    g = torch.log(prediction + LOG_OFFSET) - torch.log(depth + LOG_OFFSET)
+    mean = (share * g).sum()
+    variance = (share * (g - mean) ** 2).sum()
+    # The tiny number keeps the root's gradient finite at 0.
+    return torch.sqrt(variance + (1 - variance_focus) * mean**2 + 1e-12)
+
+
+class DepthMetric:
+    """d1, d2, d3, abs_rel, sq_rel, rmse (metres) and rmse_log: per image, then the mean (Eigen et al. 2014).
+
+    Pixels not measured or outside (min_depth, max_depth) do not count, nor do images without a pixel that counts.
+    """
+
+    NAMES = ("d1", "d2", "d3", "abs_rel", "sq_rel", "rmse", "rmse_log")
+
+    def __init__(self, min_depth: float, max_depth: float, garg_crop: bool) -> None:
+        self.min_depth = min_depth
+        self.max_depth = max_depth
+        self.garg_crop = garg_crop
+        # The sum over the images of each metric, then their number.
+        self._sums = torch.zeros(len(self.NAMES) + 1, dtype=torch.float64)
+
+    def update(self, predictions: Sequence[Tensor], targets: DepthTargets) -> None:
+        """Adds the predicted maps (H, W), in metres, of one batch."""
+        for prediction, padded, (height, width) in zip(predictions, targets.depth.cpu(), targets.sizes, strict=True):
+            depth = padded[:height, :width]
+            valid = (depth > self.min_depth) & (depth < self.max_depth)
+            if self.garg_crop:
+                valid &= _garg_mask(height, width)
+            if valid.any():
+                errors = _errors(prediction[valid].double(), depth[valid].double())
+                self._sums += torch.tensor([*errors, 1.0], dtype=torch.float64)
+
+    def state(self) -> Tensor:
+        """Seven sums and the number of images."""
+        return self._sums
+
+    def merge(self, states: Sequence[Tensor]) -> None:
+        """Adds up the sums of all ranks."""
+        self._sums = torch.stack(list(states)).sum(dim=0)
+
+    def compute(self) -> dict[str, float]:
+        """The means over the images; NaN where no image counted."""
+        return dict(zip(self.NAMES, (self._sums[:-1] / self._sums[-1]).tolist(), strict=True))
+
+
+def jitter_color(image: Tensor, strength: float) -> Tensor:
+    """Changes gamma, brightness and each colour by a factor in 1 +- strength, for half of the images.
+
+    Args:
+        image: (3, H, W) bytes.
+        strength: largest relative change.
+    """
+    if strength == 0 or torch.rand(()) >= COLOR_PROBABILITY:
+        return image
+    gamma, brightness, *color = torch.empty(5).uniform_(1 - strength, 1 + strength)
+    changed = (image / 255) ** gamma * brightness * torch.stack(color)[:, None, None]
+    return changed.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _errors(prediction: Tensor, depth: Tensor) -> list[float]:
+    """The seven metrics of one image from its valid pixels (N,), in the order of their names."""
+    ratio = torch.maximum(prediction / depth, depth / prediction)
+    difference = prediction - depth
+    return [
+        *(float((ratio < 1.25**power).double().mean()) for power in (1, 2, 3)),
+        float((difference.abs() / depth).mean()),
+        float((difference**2 / depth).mean()),
+        math.sqrt(float((difference**2).mean())),
+        math.sqrt(float(((prediction.log() - depth.log()) ** 2).mean())),
+    ]
+
+
+def _garg_mask(height: int, width: int) -> Tensor:
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    top, bottom = (int(share * height) for share in GARG_ROWS)
+    left, right = (int(share * width) for share in GARG_COLUMNS)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def _check_range(pairs: list[tuple[Path, Path]], scale: float, min_depth: float, max_depth: float) -> None:
+    """A wrong ``depth_scale`` leaves no pixel to learn from; a few maps are enough to notice."""
+    from gppf_ds.data.folders import read_depth
+
+    seen: list[float] = []
+    for _, path in pairs[:8]:
+        try:
+            depth = read_depth(path, scale)
+        except SampleError:  # the loader counts these
+            continue
+        if ((depth > min_depth) & (depth < max_depth)).any():
+            return
+        seen.append(float(depth.max()))
+    folder = pairs[0][1].parent
+    if not seen:
+        raise UserError(f"The first {min(len(pairs), 8)} depth maps in {folder} are no 16-bit PNG files: replace them.")
+    raise UserError(
+        f"The first depth maps in {folder} have no pixel between min_depth and max_depth, their largest depth is "
+        f"{max(seen):g} m: correct depth_scale ({scale}), min_depth ({min_depth}) or max_depth ({max_depth})."
+    )
+
+
+def _size(pixels: Tensor) -> str:
+    return f"{pixels.shape[-1]}x{pixels.shape[-2]}"

@@ -1,0 +1,70 @@
+"""``gppf-ds train`` and ``gppf-ds evaluate``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from gppf_ds.train import faults, recipe
+
+
+def train(arguments: list[str]) -> int:
+    """Trains a recipe, or resumes it from the last checkpoint in its output folder."""
+    run = recipe.read(arguments)
+    recipe.check(run)
+    # torch and DeepSpeed are imported only for a recipe that can run.
+    import torch.distributed as dist
+
+    from gppf_ds.simt.engine import start_distributed
+    from gppf_ds.train.record import write_record
+    from gppf_ds.train.trainer import Trainer
+
+    config = run.config
+    folder = Path(config.output)
+    try:
+        device = start_distributed(config.engine.timeout)
+        if dist.get_rank() == 0:
+            faults.forget(folder)
+            write_record(folder, run.text, config.seed)
+        trainer = Trainer(config, run.tasks, device)
+        if config.metrics_port:
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            trainer.metrics.serve(config.metrics_address, config.metrics_port + local_rank)
+        trainer.fit()
+    except BaseException as error:
+        faults.fail(error, folder)
+    dist.destroy_process_group()
+    return 0
+
+
+def evaluate(arguments: list[str]) -> int:
+    """Evaluates the last (or a named) checkpoint of a run; under a launcher the ranks share the images."""
+    parser = argparse.ArgumentParser(prog="gppf-ds evaluate", description=evaluate.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
+    options = parser.parse_args(arguments)
+    run = recipe.read_run(options.run)
+    recipe.check(run)
+
+    import torch.distributed as dist
+
+    from gppf_ds.simt.engine import start_distributed
+    from gppf_ds.train import evaluate as evaluation
+    from gppf_ds.train.restore import load_trained
+
+    trained = load_trained(options.run, options.checkpoint, run)
+    chosen = {name: run.tasks[name] for name in trained.require_tasks(options.tasks)}
+    try:
+        device = start_distributed(run.config.engine.timeout)
+        trained.model.to(device)
+        trained.controller.to(device)
+        results = evaluation.evaluate(trained.model, trained.controller, chosen, device, run.config.loader)
+        if dist.get_rank() == 0:
+            print(json.dumps({"checkpoint": str(trained.path), "step": trained.step, "metrics": results}, indent=1))
+    except BaseException as error:
+        faults.fail(error, options.run)
+    dist.destroy_process_group()
+    return 0

@@ -1,0 +1,219 @@
+"""One case of the exactness matrix: five steps of the engine on real ranks against the single-process reference.
+
+Run on every rank with a json object as its only argument; rank 0 prints the worst relative error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from torch import Tensor, nn
+
+from distributed import reference
+from gppf_ds.backbone.controller import Controller
+from gppf_ds.backbone.lego import LegoBackbone, Pass
+from gppf_ds.config import BackboneConfig, ControllerConfig, EngineConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from gppf_ds.simt.engine import SimtEngine, learning_rate, start_distributed
+from gppf_ds.simt.model import Job, SimtModel
+from gppf_ds.simt.schedule import Schedule
+from gppf_ds.tasks.task import Batch, Head
+
+STEPS = 5
+SHAPES = {"a": (4, 3, 32, 32), "b": (2, 3, 48, 32), "c": (3, 3, 32, 64), "idle": (2, 3, 32, 32)}
+WEIGHTS = {"a": 2.0, "b": 1.0, "c": 1.0, "idle": 0.05}
+
+
+class PoolHead(Head):
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, outputs)
+
+    def loss(self, features: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        return {"loss": nn.functional.cross_entropy(self.linear(features[-1].mean((2, 3))), targets)}
+
+    def predict(self, features: list[Tensor], targets: Tensor) -> list[Tensor]:
+        return list(self.linear(features[-1].mean((2, 3))))
+
+
+class DenseHead(Head):
+    """Uses no map but the finest two, so that the last layers get their gradient from other tasks alone."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 2, 3, padding=1)
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def loss(self, features: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+        y = self.conv(features[1])
+        return {"near": y[:, 0].square().mean(), "far": (y[:, 1] - 1).abs().mean()}
+
+    def predict(self, features: list[Tensor], targets: Tensor) -> list[Tensor]:
+        return list(self.conv(features[1]))
+
+
+def build(config: RunConfig) -> tuple[SimtModel, Controller, Schedule]:
+    backbone = LegoBackbone(config.backbone, config.seed)
+    torch.manual_seed(1)
+    channels = backbone.channels
+    heads = {
+        "a": PoolHead(channels[-1], 5),
+        "b": DenseHead(channels[1]),
+        "c": PoolHead(channels[-1], 5),
+        "idle": PoolHead(channels[-1], 7),
+    }
+    model = SimtModel(backbone, heads, {"a": 1.0, "b": 0.5, "c": 1.0, "idle": 1.0})
+    with torch.no_grad():  # away from the zeros that biases and last norms start with
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    controller = Controller(list(heads), backbone.units)
+    schedule = Schedule.from_weights(WEIGHTS, ScheduleConfig(), config.seed)
+    return model, controller, schedule
+
+
+def batch(step: int, device: int, task: str) -> Batch:
+    generator = torch.Generator().manual_seed(1000 * step + device)
+    shape = SHAPES[task]
+    images = torch.randn(shape, generator=generator) * (1 + device) + device
+    return Batch(images, torch.randint(5, (shape[0],), generator=generator))
+
+
+def tasks_of(schedule: Schedule, step: int, num_devices: int) -> list[str]:
+    return [schedule.tasks[t] for t in schedule(step, num_devices)]
+
+
+def uses(name: str, task: str, path: tuple[int, ...] | None) -> bool:
+    """Whether a device with this task and path uses a parameter."""
+    parts = name.split(".")
+    if parts[0] == "heads":
+        return parts[2] == task
+    return path is None or path[int(parts[2])] == int(parts[4])
+
+
+def reference_run(config: RunConfig, num_devices: int, groups: list[list[int]]) -> tuple[SimtModel, Controller, list]:
+    """``groups`` lists which devices share batch statistics: all of one accumulation group, over all ranks."""
+    model, controller, schedule = build(config)
+    model.train()
+    holder = type("Routes", (), {"controller": controller, "config": config})
+    parameters = dict(model.named_parameters())
+    wd = config.optimizer.weight_decay
+    param_groups = [
+        {"params": [p for p in parameters.values() if p.dim() > 1], "weight_decay": wd},
+        {"params": [p for p in parameters.values() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer.name == "sgd":
+        optimizer = torch.optim.SGD(param_groups, lr=0.1, momentum=config.optimizer.momentum)
+    else:
+        optimizer = torch.optim.AdamW(param_groups, lr=0.1)
+    adam = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
+    usage = []
+    for step in range(STEPS):
+        tasks = tasks_of(schedule, step, num_devices)
+        totals: dict[str, Tensor] = {}
+        rows: list[Tensor] = [torch.zeros(()) for _ in tasks]
+        routes = [SimtEngine.route(holder, task, step, device) for device, task in enumerate(tasks)]
+        for group in groups:
+            batches = [batch(step, d, tasks[d]) for d in group]
+            maps = reference.features(model.backbone.layers, [b.images for b in batches], [routes[d] for d in group])
+            losses = [
+                sum(model.heads.bank[tasks[d]].loss(m, b.targets).values()) * model.heads.loss_weights[tasks[d]]
+                for d, m, b in zip(group, maps, batches, strict=True)
+            ]
+            weights = [routes[d].weights for d in group]
+            gradients = torch.autograd.grad(sum(losses), [*parameters.values(), *weights], allow_unused=True)
+            for name, gradient in zip(parameters, gradients, strict=False):
+                if gradient is not None:
+                    totals[name] = totals.get(name, 0) + gradient
+            for d, gradient in zip(group, gradients[len(parameters) :], strict=True):
+                rows[d] = torch.autograd.grad(routes[d].weights, controller.logits[tasks[d]], gradient)[0]
+
+        for name, parameter in parameters.items():
+            users = sum(uses(name, task, route.path) for task, route in zip(tasks, routes, strict=True))
+            parameter.grad = totals.get(name, torch.zeros_like(parameter)) / users if users else None
+        usage.append({name: p.grad is not None for name, p in parameters.items()})
+        for task, row in controller.logits.items():
+            users = [d for d in range(num_devices) if tasks[d] == task]
+            row.grad = sum(rows[d] for d in users) / len(users) if users else None
+        if config.optimizer.clip_norm:
+            nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+        adam.step()
+    return model, controller, usage
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12))
+
+
+def main() -> None:
+    case = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    config = RunConfig(
+        output="unused",
+        steps=2 * STEPS,
+        seed=3,
+        backbone=BackboneConfig(
+            options={"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 8]},
+            routing=case.get("routing", "soft"),
+            checkpoint=case.get("checkpoint", False),
+        ),
+        # In hard mode a unit followed by convolution and batch norm alone has no gradient with respect to its factor but
+        # rounding noise, which Adam would blow up to full steps: there the rows stand still.
+        controller=ControllerConfig(learning_rate=0.05 if case.get("routing", "soft") == "soft" else 0.0),
+        optimizer=OptimizerConfig(
+            name=case.get("optimizer", "sgd"),
+            learning_rate=case.get("learning_rate", 0.02),
+            weight_decay=0.05,
+            clip_norm=case.get("clip", 0.0),
+        ),
+        engine=EngineConfig(
+            zero_stage=case.get("stage", 0),
+            devices_per_rank=case.get("devices", 1),
+            accumulation=case.get("accumulation", 1),
+            offload_optimizer=case.get("offload", False),
+            timeout=60,
+        ),
+    )
+    device = start_distributed(config.engine.timeout)
+    model, controller, schedule = build(config)
+    engine = SimtEngine(model, controller, config, device)
+    mine, total = engine.devices(), engine.num_devices
+    reports = []
+    for step in range(STEPS):
+        tasks = tasks_of(schedule, step, total)
+        groups = []
+        for group in mine:
+            jobs = []
+            for d in group:
+                data = batch(step, d, tasks[d])
+                passing = Pass(data.images, engine.route(tasks[d], step, d), (config.seed, step, d))
+                jobs.append(Job(d, tasks[d], data, passing))
+            groups.append(jobs)
+        reports.append(engine.step(step, tasks, groups))
+
+    span = total // config.engine.accumulation
+    wanted, wanted_controller, usage = reference_run(
+        config, total, [list(range(g * span, (g + 1) * span)) for g in range(config.engine.accumulation)]
+    )
+    errors = {}
+    values = engine.full_parameters()
+    for name, parameter in wanted.named_parameters():
+        errors[name] = relative(values[name], parameter.detach())
+    for name, buffer in wanted.named_buffers():
+        errors[name] = relative(dict(engine.model.named_buffers())[name].float(), buffer.float())
+    for task, row in wanted_controller.logits.items():
+        errors[f"controller.{task}"] = relative(engine.controller.logits[task].detach(), row.detach())
+    for step, report in enumerate(reports):
+        for name, used in usage[step].items():
+            assert used == (report.counts[engine.owners[name]] > 0), (step, name)
+    idle = [name for name in usage[0] if not all(step[name] for step in usage)]
+    if engine.rank == 0:
+        worst = max(errors, key=errors.__getitem__)
+        print("RESULT", json.dumps({"worst": worst, "error": errors[worst], "sometimes_idle": len(idle)}))
+
+
+if __name__ == "__main__":
+    main()
