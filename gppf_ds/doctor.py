@@ -6,6 +6,7 @@ OpenCV are imported, because for them an installed version says nothing about wh
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -78,12 +79,9 @@ def report() -> list[Row]:
     return rows
 
 
-def main() -> int:
-    """Print the table, then one sentence per limit or problem.
-
-    Returns:
-        0 when training can run here, 1 otherwise.
-    """
+def main(arguments: list[str]) -> int:
+    """Prints what is installed here, and what would not work and why. Exit code 0: training can run; 1: it cannot."""
+    argparse.ArgumentParser(prog="gppf-ds doctor", description=main.__doc__).parse_args(arguments)
     rows = report()
     width = max(len(row.name) for row in rows)
     marks = {"ok": " ", "note": "*", "problem": "!"}

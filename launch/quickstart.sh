@@ -39,17 +39,24 @@ free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# Runs the training and leaves its exit code; when it fails, its first error comes last on the screen, because the
-# launcher and the other ranks go on talking after it.
+# Trains, or goes on from the run's last checkpoint. When it fails, the cause that the first failing rank left comes last
+# on the screen, because the launcher and the other ranks go on talking after it.
 train() {
-    local rc=0 cause
+    local rc=0 cause=$RUN/cause.txt
     choose_ranks
+    rm -f "$cause"
     # A hostfile of the cluster must not turn this into a run on many machines, hence /dev/null.
     deepspeed --hostfile /dev/null --log_level error --master_port "${MASTER_PORT:-$(free_port)}" "${LAUNCH[@]}" \
         --no_local_rank --module gppf_ds train --config "$RECIPE" --output "$RUN" "$@" 2>&1 | tee "$LOG" || rc=$?
     ((rc == 0)) && return
-    cause=$(grep -oE '(^|\[rank[0-9]+\]: )([A-Za-z_.]*(Error|Exception|Interrupt)\b|gppf-ds:|error:).*' "$LOG" | head -n 1) || true
-    printf '\nTraining failed (exit code %s, log: %s).\n%s\n' "$rc" "$LOG" "${cause:-$(tail -n 1 "$LOG")}" >&2
+    {
+        printf '\nTraining failed (exit code %s, log: %s).\n' "$rc" "$LOG"
+        if [[ -f $cause ]]; then
+            sed -e 1d -e '/^$/d' "$cause" # the first line only names the launch
+        else
+            grep -E '^error:|^[A-Za-z_.]+(Error|Exception):' "$LOG" || tail -n 1 "$LOG"
+        fi
+    } >&2
     exit "$rc"
 }
 

@@ -48,13 +48,15 @@ class LegoLayer(nn.Module):
         self.units = nn.ModuleList(block.module for block in blocks)
         self.lockstep = Lockstep(first.module)
 
-    def forward(self, xs: Sequence[Tensor], passes: Sequence[Pass], policy: NormPolicy) -> list[Tensor]:
+    def forward(self, passes: Sequence[Pass], policy: NormPolicy, *xs: Tensor) -> tuple[Tensor, ...]:
         """y = sum_k u[k] * M_k(x) for every device (equation 1); one unit for a hard route.
 
+        Tensors come and go as plain arguments, where module hooks (ZeRO-3's among them) find them.
+
         Args:
-            xs: the devices' maps.
-            passes: their routes.
+            passes: the devices' routes.
             policy: of the batch norms.
+            xs: the devices' maps.
         """
         lanes: list[Lane] = []
         owners: list[int] = []
@@ -76,7 +78,7 @@ class LegoLayer(nn.Module):
                 y = y * route.weights[self.index, unit].to(y.dtype)
             previous = mixed[device]
             mixed[device] = y if previous is None else previous + y
-        return [y for y in mixed if y is not None]
+        return tuple(y for y in mixed if y is not None)
 
 
 class LegoBackbone(nn.Module):
@@ -124,15 +126,15 @@ class LegoBackbone(nn.Module):
         Returns:
             For every device its maps (B, channels[i], H / strides[i], W / strides[i]).
         """
-        xs = [one.images for one in passes]
+        xs = tuple(one.images for one in passes)
         features: list[list[Tensor]] = [[] for _ in passes]
         for layer in self.layers:
             assert isinstance(layer, LegoLayer)
             if self.config.checkpoint and torch.is_grad_enabled():
                 # Each pass re-seeds what is random in it, so the generators need no saving.
-                xs = checkpoint(layer, xs, passes, policy, use_reentrant=False, preserve_rng_state=False)
+                xs = checkpoint(layer, passes, policy, *xs, use_reentrant=False, preserve_rng_state=False)
             else:
-                xs = layer(xs, passes, policy)
+                xs = layer(passes, policy, *xs)
             if layer.tap is not None:
                 for maps, x in zip(features, xs, strict=True):
                     maps.append(layer.tap.as_map(x))

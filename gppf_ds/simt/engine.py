@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gppf_ds.backbone.controller import Controller, Route, temperature
+from gppf_ds.backbone.lego import LegoLayer
 from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.averaging import scale_for_average
 from gppf_ds.simt.deepspeed_config import deepspeed_config
-from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Segment, fragments_of
-from gppf_ds.simt.model import DeviceLoss, Job, SimtModel
+from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
+from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
 from gppf_ds.simt.usage import Owner, owner_of, usage_counts
 
 VERIFIED = ("0.19",)
@@ -120,6 +121,9 @@ class SimtEngine:
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.controller = controller.to(device)
         self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
+        if self.stage == 3:
+            # Gathered and reduced as a whole, so that all ranks do the same whatever units and heads they run.
+            deepspeed.utils.set_z3_leaf_modules(model, [LegoLayer, HeadBank])
         self.engine = deepspeed.initialize(
             model=model,
             optimizer=_optimizer(model, config),
@@ -129,7 +133,10 @@ class SimtEngine:
         self.model: SimtModel = self.engine.module
         self.owners = {name: owner_of(name) for name, _ in self.model.named_parameters()}
         self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
-        self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, _layout(self.engine)) if self.stage else None
+        self.masked = None
+        if self.stage:
+            partitions = _partitions_of_stage_3 if self.stage == 3 else _partitions_of_stages_1_and_2
+            self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine))
         if self.stage == 0:
             self.engine.enable_backward_allreduce = False
 
@@ -167,6 +174,9 @@ class SimtEngine:
         losses: list[DeviceLoss] = []
         with self._local_gradients():
             for jobs in groups:
+                if self.stage == 3:  # a leaf module's backward hook needs an input with a gradient
+                    for job in jobs:
+                        job.passing.images.requires_grad_()
                 loss, outcomes = self.engine(jobs, self._loss_scale())
                 self.engine.backward(loss, scale_wrt_gas=False)
                 losses.extend(outcomes)
@@ -200,7 +210,7 @@ class SimtEngine:
         """
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(whole(name, "master").view_as(parameter))
+                self._set_parameter(parameter, whole(name, "master"))
         optimizer = self.masked.optimizer if self.masked is not None else self.engine.optimizer
         for name, start, tensor in self._owned(every_rank=True):
             values = {kind: whole(name, kind) for kind in kinds(name)}
@@ -213,9 +223,24 @@ class SimtEngine:
                     for kind, value in values.items()
                 }
 
+    def _set_parameter(self, parameter: Any, values: Tensor) -> None:
+        if self.stage < 3:
+            parameter.copy_(values.view_as(parameter))
+            return
+        part = parameter.ds_tensor
+        start = self.rank * part.numel()
+        own = values[start : start + part.numel()]
+        part.data.view(-1)[: own.numel()].copy_(own)
+
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter by name, whole, on the CPU; a collective call at stage 3."""
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        if self.stage < 3:
+            return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        whole = {}
+        for name, parameter in self.model.named_parameters():
+            with _import_deepspeed().zero.GatheredParameters([parameter]):
+                whole[name] = parameter.detach().cpu().clone()
+        return whole
 
     def _owned(self, every_rank: bool = False) -> list[tuple[str, int, Tensor]]:
         """The parameter parts that this rank steps, as (name, start, tensor); at stage 0 rank 0 stands for all."""
@@ -295,17 +320,34 @@ def _optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
 
 
-def _layout(engine: Any) -> list[tuple[Tensor, list[Segment]]]:
+def _partitions_of_stages_1_and_2(engine: Any) -> list[Partition]:
     """Where the parameters' parts lie in this rank's flat fp32 partitions."""
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
-    layout = []
-    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+    partitions = []
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
         segments = []
-        for parameter in group:
+        for parameter in optimizer.bit16_groups[index]:
             mapping = parameter._hp_mapping
             if mapping is not None:
                 inside, part = mapping.lp_fragment_address, mapping.hp_fragment_address
                 segments.append(Segment(names[parameter], inside.start, part.start, part.numel))
-        layout.append((flat, segments))
-    return layout
+        partitions.append(Partition(flat, index, segments))
+    return partitions
+
+
+def _partitions_of_stage_3(engine: Any) -> list[Partition]:
+    """The same at stage 3, where every parameter is cut into equal parts, the last one padded."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    partitions = []
+    for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+        segments = []
+        for parameter in optimizer.fp16_groups[index]:
+            _, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = dist.get_rank() * part
+            length = min(part, parameter.ds_numel - start)
+            if length > 0:
+                segments.append(Segment(names[parameter], start, offset, length))
+        partitions.append(Partition(flat, optimizer.sub_group_to_group_id[index], segments))
+    return partitions

@@ -16,6 +16,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Partition:
+    """A flat fp32 tensor that DeepSpeed hands to the optimizer as one parameter."""
+
+    flat: Tensor
+    group: int
+    """The optimizer's parameter group."""
+    segments: list[Segment]
+
+
+@dataclass(frozen=True)
 class Segment:
     """The part of one model parameter that a flat partition holds."""
 
@@ -32,34 +42,33 @@ class MaskedOptimizer:
     """Steps the segments of flat partitions with the class and hyper-parameters of the optimizer that owns them.
 
     Args:
-        base: the optimizer that DeepSpeed steps; one flat tensor per parameter group, in the same order as ``layout``.
-        layout: for every flat tensor its segments.
+        base: the optimizer that DeepSpeed steps.
+        partitions: this rank's flat tensors.
     """
 
-    def __init__(self, base: torch.optim.Optimizer, layout: Sequence[tuple[Tensor, Sequence[Segment]]]) -> None:
+    def __init__(self, base: torch.optim.Optimizer, partitions: Sequence[Partition]) -> None:
         self.base = base
-        self.views: list[tuple[Segment, Tensor]] = []
-        self._parts: dict[int, list[tuple[Segment, Tensor]]] = {}
-        groups: list[dict[str, Any]] = []
-        self._sources: list[dict[str, Any]] = []
-        for group in base.param_groups:
-            views: list[tuple[Segment, Tensor]] = []
-            for flat, segments in layout:
-                if any(flat is parameter for parameter in group["params"]):
-                    parts = [
-                        (s, flat.detach()[s.offset : s.offset + s.length].requires_grad_())
-                        for s in segments
-                        if s.length > 0
-                    ]
-                    self._parts[id(flat)] = parts
-                    views.extend(parts)
+        self._parts = {
+            id(partition.flat): [
+                (s, partition.flat.detach()[s.offset : s.offset + s.length].requires_grad_())
+                for s in partition.segments
+            ]
+            for partition in partitions
+        }
+        groups, self._sources = [], []
+        for index, source in enumerate(base.param_groups):
+            views = [v for p in partitions if p.group == index for _, v in self._parts[id(p.flat)]]
             if views:
-                groups.append({**group, "params": [view for _, view in views]})
-                self._sources.append(group)
-            self.views.extend(views)
+                groups.append({**source, "params": views})
+                self._sources.append(source)
         self.optimizer = type(base)(groups) if groups else None  # type: ignore[call-arg]
         self.users: Callable[[str], int] = lambda name: 1
         base.step = self.step  # type: ignore[method-assign,assignment]
+
+    @property
+    def views(self) -> list[tuple[Segment, Tensor]]:
+        """Every segment with its values."""
+        return [part for parts in self._parts.values() for part in parts]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -71,7 +80,7 @@ class MaskedOptimizer:
         active: list[Tensor] = []
         for group in self.base.param_groups:
             for flat in group["params"]:
-                for segment, view in self._parts.get(id(flat), []):
+                for segment, view in self._parts[id(flat)]:
                     if flat.grad is not None and self.users(segment.name) > 0:
                         view.grad = flat.grad[segment.offset : segment.offset + segment.length]
                         active.append(view)

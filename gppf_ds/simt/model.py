@@ -52,36 +52,35 @@ class HeadBank(nn.Module):
         self.bank = nn.ModuleDict(heads)
         self.loss_weights = dict(loss_weights)
 
-    def forward(
-        self, jobs: Sequence[Job], features: Sequence[Sequence[Tensor]], loss_scale: float
-    ) -> tuple[Tensor, list[DeviceLoss]]:
+    def forward(self, jobs: Sequence[Job], loss_scale: float, *maps: Tensor) -> tuple[Tensor, list[DeviceLoss]]:
         """The sum of the weighted losses of all finite devices, differentiable, and the outcome of each device.
 
         Args:
             jobs: this rank's devices.
-            features: their feature maps.
             loss_scale: gradients of the heads are computed scaled by this (fp16) and handed on unscaled.
+            maps: the feature maps of the first device, then those of the second, ...
         """
+        taps = len(maps) // len(jobs)
         names = sorted({job.task for job in jobs})
         parameters = [p for name in names for p in self.bank[name].parameters() if p.requires_grad]
         sums: dict[Tensor, Tensor] = {}
         feature_grads: list[Tensor] = []
         outcomes: list[DeviceLoss] = []
-        total = features[0][0].new_zeros((), dtype=torch.float32)
-        for job, maps in zip(jobs, features, strict=True):
+        total = maps[0].new_zeros((), dtype=torch.float32)
+        for number, job in enumerate(jobs):
+            own = maps[number * taps : (number + 1) * taps]
             head_parameters = [p for p in self.bank[job.task].parameters() if p.requires_grad]
-            loss, outcome, grads = self._run(job, maps, head_parameters, loss_scale)
+            loss, outcome, grads = self._run(job, own, head_parameters, loss_scale)
             outcomes.append(outcome)
             if outcome.finite:
                 total = total + loss
                 for parameter, grad in zip(head_parameters, grads, strict=False):
                     if grad is not None:
                         sums[parameter] = sums[parameter] + grad if parameter in sums else grad
-            for x, grad in zip(maps, grads[len(head_parameters) :], strict=True):
+            for x, grad in zip(own, grads[len(head_parameters) :], strict=True):
                 feature_grads.append(torch.zeros_like(x) if grad is None or not outcome.finite else grad)
         stored = feature_grads + [sums.get(p, torch.zeros_like(p)) for p in parameters]
-        flat = [x for maps in features for x in maps]
-        return _StoredGradients.apply(total, stored, loss_scale, *flat, *parameters), outcomes
+        return _StoredGradients.apply(total, stored, loss_scale, *maps, *parameters), outcomes
 
     def _run(
         self, job: Job, maps: Sequence[Tensor], parameters: Sequence[Tensor], loss_scale: float
@@ -134,7 +133,7 @@ class SimtModel(nn.Module):
     def forward(self, jobs: Sequence[Job], loss_scale: float = 1.0) -> tuple[Tensor, list[DeviceLoss]]:
         """Runs this rank's devices through backbone and heads; see :meth:`HeadBank.forward`."""
         features = self.backbone([job.passing for job in jobs], self.policy)
-        return self.heads(jobs, features, loss_scale)
+        return self.heads(jobs, loss_scale, *(x for maps in features for x in maps))
 
     @torch.no_grad()
     def predict(self, task: str, batch: Batch, passing: Pass) -> list[Any]:
