@@ -93,12 +93,15 @@ class OptimizerConfig:
     """SGD momentum."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW betas."""
+    epsilon: float = 1e-8
+    """AdamW epsilon."""
     clip_norm: float = 0.0
     """Clip the norm of the fused gradient to this; 0 for no clipping (the paper uses none)."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative: {self.warmup_steps}.")
+        _require(self.epsilon > 0, f"optimizer.epsilon must be above 0, not {self.epsilon}.")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative: {self.weight_decay}.")
         _require(self.clip_norm >= 0, f"optimizer.clip_norm must not be negative: {self.clip_norm} (0 means none).")
 

@@ -90,8 +90,8 @@ explain_pip_failure() {
     elif grep -qiE 'name resolution|connection (error|broken)|ConnectionError|max retries|timed out|proxy' <<<"$log"; then
         printf 'pip cannot reach the package registry; check the network and the proxy (log: %s).' "$INSTALL_LOG"
     else
-        log=$(grep -oE '([A-Za-z]+Error|ERROR|error): .*' <<<"$log" | tail -n 1)
-        printf 'pip failed: %s (log: %s).' "${log:-no reason was given}" "$INSTALL_LOG"
+        log=$(grep -oE '[A-Za-z]+Error: .*' <<<"$log" || grep -oiE 'error: .*' <<<"$log") || true
+        printf 'pip failed: %s (log: %s).' "$(tail -n 1 <<<"${log:-no reason was given}")" "$INSTALL_LOG"
     fi
 }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm.layers import DropPath
+from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
 from torch import Tensor, fx, nn
 
 from gppf_ds.backbone.norm import NormPolicy, cross_task_batch_norm
@@ -25,7 +25,8 @@ def has_batch_norm(module: nn.Module) -> bool:
 
 def is_stochastic(module: nn.Module) -> bool:
     """Whether a forward in training draws random numbers."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd | DropPath) and _rate(m) > 0 for m in module.modules())
+    noisy = nn.modules.dropout._DropoutNd | DropPath | DropBlock2d
+    return any(isinstance(m, noisy) and _rate(m) > 0 for m in module.modules())
 
 
 def _rate(module: nn.Module) -> float:
@@ -99,7 +100,12 @@ class Lockstep:
         inputs: list[Any] = [args[0] for args, _ in arguments]
         if isinstance(modules[0], nn.BatchNorm2d) and modules[0].training:
             meeting = [(k, x) for (k, _), x in zip(lanes, inputs, strict=True)]
-            return cross_task_batch_norm(modules, meeting, policy)
+            normalised = cross_task_batch_norm(modules, meeting, policy)
+            # timm's combined module: the norm and what follows it.
+            return [
+                modules[k].act(modules[k].drop(y)) if isinstance(modules[k], BatchNormAct2d) else y
+                for (k, _), y in zip(lanes, normalised, strict=True)
+            ]
         return [
             self._call(modules[k], x, lane, position, reseed)
             for lane, ((k, _), x) in enumerate(zip(lanes, inputs, strict=True))

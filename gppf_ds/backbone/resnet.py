@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from gppf_ds.backbone.blocks import Block, Tap
+from gppf_ds.errors import UserError
 
 
 def split(model: Any) -> list[Block]:
@@ -15,9 +16,17 @@ def split(model: Any) -> list[Block]:
 
     The strided block with its projection shortcut is one unit. Max-pooling has no parameters and stays outside the
     units, so that the stem's own stride-2 map can be tapped (the depth head wants it).
+
+    Raises:
+        UserError: the stem pools with a convolution, whose parameters would belong to no unit.
     """
+    if any(True for _ in model.maxpool.parameters()):
+        raise UserError(
+            f"backbone.name {model.pretrained_cfg.get('architecture')!r} pools its stem with a convolution "
+            "(replace_stem_pool), which no unit would own: choose a ResNet with a max-pooled stem."
+        )
     stem = nn.Sequential(OrderedDict(conv1=model.conv1, bn1=model.bn1, act1=model.act1))
-    blocks = [Block("Stem", "", stem, Tap(model.bn1.num_features, 2))]
+    blocks = [Block("Stem", "", stem, Tap(model.feature_info[0]["num_chs"], 2))]
     before = model.maxpool
     for number, info in enumerate(model.feature_info[1:], start=1):
         stage = getattr(model, f"layer{number}")

@@ -80,7 +80,7 @@ def make_demo_data(
     seed: int = 0,
     train_scenes: int = 240,
     val_scenes: int = 48,
-    train_crops: int = 1000,
+    train_crops: int = 3000,
     val_crops: int = 200,
     scene_size: int = 128,
     crop_size: int = 64,

@@ -64,10 +64,7 @@ def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
         "overlap_comm": False,
     }
     if engine.offload_optimizer:
-        zero["offload_optimizer"] = {
-            "device": "cpu",
-            **settings.get("zero_optimization", {}).get("offload_optimizer", {}),
-        }
+        zero["offload_optimizer"] = {**(zero.get("offload_optimizer") or {}), "device": "cpu"}
     merged: dict[str, Any] = {
         "steps_per_print": 2**31 - 1,
         **settings,
@@ -123,7 +120,10 @@ def _refuse_contradictions(settings: dict[str, Any], config: RunConfig) -> None:
             f"{path} sets zero_optimization.overlap_comm, whose order of collectives depends on a rank's task: "
             "remove it."
         )
-    if "offload_optimizer" in zero and not config.engine.offload_optimizer:
+    offload = zero.get("offload_optimizer")
+    if offload and not config.engine.offload_optimizer:
+        raise UserError(f"{path} sets zero_optimization.offload_optimizer: set engine.offload_optimizer as well.")
+    if offload and offload.get("device", "cpu") != "cpu":
         raise UserError(
-            f"{path} sets zero_optimization.offload_optimizer: set engine.offload_optimizer to true as well."
+            f"{path} offloads the optimizer to {offload['device']!r}, which is untested here: make it 'cpu'."
         )

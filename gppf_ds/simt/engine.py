@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -190,6 +190,8 @@ class SimtEngine:
             gradients = scale_for_average(self.parameters, counts, factor)
             if self.stage == 0:
                 self.engine.buffered_allreduce_fallback(grads=gradients)
+        if self.stage == 3:
+            self._clear_stale_partitions(counts)
         if self.masked is not None:
             self.masked.users = lambda name: counts[self.owners[name]]
         self.engine.step()
@@ -264,6 +266,13 @@ class SimtEngine:
             with self.engine.coalesce_grad_reduction():
                 yield
 
+    def _clear_stale_partitions(self, counts: Mapping[Owner, int]) -> None:
+        """DeepSpeed keeps the reduced gradient of a parameter until the next one comes; clipping would count it."""
+        partitions = self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        for parameter, owner in self.parameters:
+            if counts[owner] == 0 and parameter.ds_id in partitions:
+                partitions[parameter.ds_id].zero_()
+
     def _agree(
         self, devices: Sequence[int], losses: Sequence[DeviceLoss], num_devices: int
     ) -> tuple[np.ndarray, str | None]:
@@ -317,7 +326,7 @@ def _optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
 
 
 def _partitions_of_stages_1_and_2(engine: Any) -> list[Partition]:

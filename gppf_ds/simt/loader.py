@@ -40,18 +40,24 @@ class TaskReader:
     collate: Callable[[list[Any]], Any]
 
 
-class RequestDataset(torch.utils.data.Dataset[LoadedBatch]):
-    """Answers a :class:`Request` with its batch; a sample's randomness is a function of (seed, task, epoch, index)."""
+class RequestDataset(torch.utils.data.Dataset[LoadedBatch | UserError]):
+    """Answers a :class:`Request` with its batch; a sample's randomness is a function of (seed, task, epoch, index).
+
+    A :class:`UserError` is returned, since torch would add the worker's traceback to one that is raised.
+    """
 
     def __init__(self, readers: Mapping[str, TaskReader], seed: int) -> None:
         self.readers = dict(readers)
         self.seed = seed
 
-    def __getitem__(self, request: Request) -> LoadedBatch:
+    def __getitem__(self, request: Request) -> LoadedBatch | UserError:
         reader = self.readers[request.task]
         unreadable: list[str] = []
         pairs = zip(request.epochs, request.indices, strict=True)
-        samples = [self._sample(reader.dataset, request.task, epoch, index, unreadable) for epoch, index in pairs]
+        try:
+            samples = [self._sample(reader.dataset, request.task, epoch, index, unreadable) for epoch, index in pairs]
+        except UserError as error:
+            return error
         return LoadedBatch(request, reader.collate(samples), unreadable)
 
     def _sample(self, dataset: Dataset, task: str, epoch: int, index: int, unreadable: list[str]) -> Any:
@@ -75,23 +81,28 @@ def load(
         requests: what this rank's devices read, step by step.
         seed: of the run.
         config: workers and prefetch.
+
+    Raises:
+        UserError: a task's samples are unreadable.
     """
     workers = config.workers
-    return iter(
-        DataLoader(
-            RequestDataset(readers, seed),
-            batch_size=None,
-            sampler=requests,
-            num_workers=workers,
-            prefetch_factor=config.prefetch if workers else None,
-            collate_fn=_identity,  # type: ignore[arg-type]
-            worker_init_fn=_start_worker,
-        )
+    answers = DataLoader(
+        RequestDataset(readers, seed),
+        batch_size=None,
+        sampler=requests,
+        num_workers=workers,
+        prefetch_factor=config.prefetch if workers else None,
+        collate_fn=_identity,  # type: ignore[arg-type]
+        worker_init_fn=_start_worker,
     )
+    for answer in answers:
+        if isinstance(answer, UserError):
+            raise answer
+        yield answer
 
 
-def _identity(batch: LoadedBatch) -> LoadedBatch:
-    return batch
+def _identity(answer: LoadedBatch | UserError) -> LoadedBatch | UserError:
+    return answer
 
 
 def _start_worker(worker: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gppf_ds.errors import UserError
 from gppf_ds.seeding import ORDER, generator
 from gppf_ds.simt.schedule import Schedule
 
@@ -57,9 +58,15 @@ class Sampler:
 
     The only state is one cursor per task: how many of its samples have been dealt so far. It advances on all ranks
     alike, whoever reads the samples, so it means the same for any number of ranks and devices.
+
+    Raises:
+        UserError: a training set is empty.
     """
 
     def __init__(self, schedule: Schedule, sizes: Sequence[int], batch_sizes: Sequence[int]) -> None:
+        for name, size in zip(schedule.tasks, sizes, strict=True):
+            if size < 1:
+                raise UserError(f"tasks.{name}: the training set has no sample: check its paths and filters.")
         self.schedule = schedule
         self.sizes = list(sizes)
         self.batch_sizes = list(batch_sizes)

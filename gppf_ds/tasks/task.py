@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,8 +80,8 @@ class Head(nn.Module, ABC):
 class Task(ABC):
     """A named triple (data, head, loss) with its sampling weight, batch size and metric (GPPF section 3.2).
 
-    A subclass is all that a new kind of task needs; it is named by ``class_path`` in the recipe. Constructors stay cheap
-    (no data, no heavy imports): the command line builds every task only to check the recipe.
+    A subclass is all that a new kind of task needs; it is named by ``class_path`` in the recipe. Constructors stay
+    cheap (no data, no heavy imports): the command line builds every task only to check the recipe.
 
     Args:
         batch_size: images per device and step.
@@ -97,10 +98,10 @@ class Task(ABC):
     def __init__(self, batch_size: int, weight: float = 1.0, loss_weight: float = 1.0) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}: set it to the images per device.")
-        if weight <= 0:
+        if not 0 < weight < math.inf:
             raise UserError(f"weight must be above 0, not {weight}: remove the task to leave it out of the schedule.")
-        if loss_weight <= 0:
-            raise UserError(f"loss_weight must be above 0, not {loss_weight}.")
+        if not 0 < loss_weight < math.inf:
+            raise UserError(f"loss_weight must be above 0, not {loss_weight}: 1.0 leaves the task's loss as it is.")
         self.batch_size = batch_size
         self.weight = weight
         self.loss_weight = loss_weight

@@ -96,10 +96,10 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._verify()
+        ranks = self._verified_ranks()
         self.state = self._state()
         self._slices: dict[tuple[str, str], list[tuple[int, Path, str]]] = defaultdict(list)
-        for file in sorted(path.glob("rank-*.safetensors")):
+        for file in ranks:
             with safe_open(file, "pt") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                     name, start, kind = key.rsplit("@", 2)
@@ -128,18 +128,20 @@ class CheckpointReader:
                 parts.append(tensors.get_tensor(key))
         return parts[0] if parts[0].dim() == 0 else torch.cat(parts)
 
-    def _verify(self) -> None:
+    def _verified_ranks(self) -> list[Path]:
+        """The files that the ranks wrote, after all files have been checked against the manifest."""
         try:
-            files = json.loads((self.path / "manifest.json").read_text())["files"]
-        except (OSError, ValueError, KeyError) as error:
+            files = dict(json.loads((self.path / "manifest.json").read_text())["files"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is no complete checkpoint: choose another (its manifest: {error})."
             ) from error
-        for name, wanted in files.items():
-            if not (self.path / name).is_file() or _describe(self.path / name) != wanted:
+        for name in sorted({*files, "shared.safetensors", "state.json"}):
+            if not (self.path / name).is_file() or _describe(self.path / name) != files.get(name):
                 raise UserError(
                     f"{self.path / name} is missing or is not the file that was saved: use another checkpoint."
                 )
+        return [self.path / name for name in sorted(files) if name.startswith("rank-")]
 
     def _state(self) -> TrainState:
         values = json.loads((self.path / "state.json").read_text())

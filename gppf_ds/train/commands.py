@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 from gppf_ds.train import faults, recipe
@@ -28,11 +27,7 @@ def train(arguments: list[str]) -> int:
         if dist.get_rank() == 0:
             faults.forget(folder)
             write_record(folder, run.text, config.seed)
-        trainer = Trainer(config, run.tasks, device)
-        if config.metrics_port:
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            trainer.metrics.serve(config.metrics_address, config.metrics_port + local_rank)
-        trainer.fit()
+        Trainer(config, run.tasks, device).fit()
     except BaseException as error:
         faults.fail(error, folder)
     dist.destroy_process_group()

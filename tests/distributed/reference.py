@@ -6,7 +6,7 @@ It shares with the product only timm's blocks, the schedule, the controller's ro
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -54,4 +54,3 @@ def features(layers: nn.ModuleList, images: list[Tensor], routes: list) -> list[
             for device_maps, x in zip(maps, xs, strict=True):
                 device_maps.append(x)
     return maps
-

@@ -105,7 +105,7 @@ def reference_run(config: RunConfig, num_devices: int, groups: list[list[int]]) 
     if config.optimizer.name == "sgd":
         optimizer = torch.optim.SGD(param_groups, lr=0.1, momentum=config.optimizer.momentum)
     else:
-        optimizer = torch.optim.AdamW(param_groups, lr=0.1)
+        optimizer = torch.optim.AdamW(param_groups, lr=0.1, eps=config.optimizer.epsilon)
     adam = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
     usage = []
     for step in range(STEPS):
@@ -160,13 +160,15 @@ def main() -> None:
             routing=case.get("routing", "soft"),
             checkpoint=case.get("checkpoint", False),
         ),
-        # In hard mode a unit followed by convolution and batch norm alone has no gradient with respect to its factor but
-        # rounding noise, which Adam would blow up to full steps: there the rows stand still.
+        # In hard mode a unit followed by convolution and batch norm alone has no gradient with respect to its factor
+        # but rounding noise, which Adam would blow up to full steps: there the rows stand still.
         controller=ControllerConfig(learning_rate=0.05 if case.get("routing", "soft") == "soft" else 0.0),
         optimizer=OptimizerConfig(
             name=case.get("optimizer", "sgd"),
             learning_rate=case.get("learning_rate", 0.02),
             weight_decay=0.05,
+            # Far above rounding noise, which Adam would otherwise blow up where a gradient is near 0.
+            epsilon=1e-4,
             clip_norm=case.get("clip", 0.0),
         ),
         engine=EngineConfig(

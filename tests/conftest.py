@@ -1,0 +1,59 @@
+"""What several tests need: small demo data, and recipes that run on it in seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo data sets, small."""
+    from gppf_ds.data.demo import make_demo_data
+
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    make_demo_data(folder, train_scenes=16, val_scenes=5, train_crops=64, val_crops=20)
+    return folder
+
+
+@pytest.fixture
+def light_recipe(demo_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """A recipe of two tasks that import nothing heavy; change it, then :func:`write_recipe`."""
+    return {
+        "output": str(tmp_path / "run"),
+        "steps": 8,
+        "log_every": 1,
+        "backbone": {"name": "resnet50", "options": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},
+        "optimizer": {"learning_rate": 0.01},
+        "loader": {"workers": 1},
+        "engine": {"timeout": 60},
+        "checkpoint": {"every": 4},
+        "tasks": {
+            "digits": {
+                "class_path": "gppf_ds.tasks.classification.Classification",
+                "init_args": {"data": str(demo_data / "classification"), "batch_size": 4, "image_size": 64},
+            },
+            "distance": {
+                "class_path": "gppf_ds.tasks.depth.Depth",
+                "init_args": {
+                    "data": str(demo_data / "scenes"),
+                    "batch_size": 2,
+                    "input_size": [64, 64],
+                    "head_channels": 32,
+                    "max_depth": 20.0,
+                },
+            },
+        },
+    }
+
+
+def write_recipe(recipe: dict[str, Any], folder: Path, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(recipe))
+    return path
