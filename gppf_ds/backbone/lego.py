@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import timm
 import torch
@@ -14,7 +15,7 @@ from gppf_ds.backbone import resnet
 from gppf_ds.backbone.blocks import Block
 from gppf_ds.backbone.controller import Route
 from gppf_ds.backbone.lockstep import Lane, Lockstep
-from gppf_ds.backbone.norm import NormPolicy
+from gppf_ds.backbone.norm import BatchNormRule
 from gppf_ds.config import BackboneConfig
 from gppf_ds.errors import UserError
 from gppf_ds.seeding import FORWARD, INIT, seed_global_generators
@@ -48,14 +49,14 @@ class LegoLayer(nn.Module):
         self.units = nn.ModuleList(block.module for block in blocks)
         self.lockstep = Lockstep(first.module)
 
-    def forward(self, passes: Sequence[Pass], policy: NormPolicy, *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, passes: Sequence[Pass], batch_norm: BatchNormRule, *xs: Tensor) -> tuple[Tensor, ...]:
         """y = sum_k u[k] * M_k(x) for every device (equation 1); one unit for a hard route.
 
         Tensors come and go as plain arguments, where module hooks (ZeRO-3's among them) find them.
 
         Args:
             passes: the devices' routes.
-            policy: of the batch norms.
+            batch_norm: what batch norms in training do.
             xs: the devices' maps.
         """
         lanes: list[Lane] = []
@@ -70,7 +71,7 @@ class LegoLayer(nn.Module):
             seed, step, device = passes[owners[lane]].key
             seed_global_generators(seed, FORWARD, step, device, self.index, lanes[lane][0], position)
 
-        outputs = self.lockstep(list(self.units), lanes, policy, reseed)
+        outputs = self.lockstep(list(self.units), lanes, batch_norm, reseed)
         mixed: list[Tensor | None] = [None] * len(passes)
         for device, (unit, _), y in zip(owners, lanes, outputs, strict=True):
             route = passes[device].route
@@ -103,6 +104,8 @@ class LegoBackbone(nn.Module):
         self.channels = tuple(tap.channels for tap in taps)
         self.strides = tuple(tap.stride for tap in taps)
         self.units = [len(layer.units) for layer in self.layers]  # type: ignore[arg-type]
+        self.after_backward: Callable[[int], None] | None = None
+        """Called with a layer's index as soon as backward is done with that layer (not for the first one)."""
 
     @staticmethod
     def _blocks(config: BackboneConfig, seed: int, unit: int) -> list[Block]:
@@ -116,12 +119,12 @@ class LegoBackbone(nn.Module):
             raise UserError(f"backbone.name {config.name!r} is a {type(model).__name__}; supported: {sorted(SPLIT)}.")
         return split(model)
 
-    def forward(self, passes: Sequence[Pass], policy: NormPolicy) -> list[list[Tensor]]:
+    def forward(self, passes: Sequence[Pass], batch_norm: BatchNormRule) -> list[list[Tensor]]:
         """The feature maps of every device, all devices advancing layer by layer together.
 
         Args:
             passes: this rank's devices.
-            policy: of the batch norms.
+            batch_norm: what batch norms in training do.
 
         Returns:
             For every device its maps (B, channels[i], H / strides[i], W / strides[i]).
@@ -130,11 +133,15 @@ class LegoBackbone(nn.Module):
         features: list[list[Tensor]] = [[] for _ in passes]
         for layer in self.layers:
             assert isinstance(layer, LegoLayer)
+            if self.after_backward is not None and all(x.requires_grad for x in xs):
+                # The gradients of a layer's inputs are the last that its backward computes.
+                done = partial(self.after_backward, layer.index)
+                torch.autograd.graph.register_multi_grad_hook(xs, lambda _, done=done: done())
             if self.config.checkpoint and torch.is_grad_enabled():
                 # Each pass re-seeds what is random in it, so the generators need no saving.
-                xs = checkpoint(layer, passes, policy, *xs, use_reentrant=False, preserve_rng_state=False)
+                xs = checkpoint(layer, passes, batch_norm, *xs, use_reentrant=False, preserve_rng_state=False)
             else:
-                xs = layer(passes, policy, *xs)
+                xs = layer(passes, batch_norm, *xs)
             if layer.tap is not None:
                 for maps, x in zip(features, xs, strict=True):
                     maps.append(layer.tap.as_map(x))

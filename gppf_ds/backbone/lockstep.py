@@ -13,7 +13,7 @@ from typing import Any
 from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
 from torch import Tensor, fx, nn
 
-from gppf_ds.backbone.norm import NormPolicy, cross_task_batch_norm
+from gppf_ds.backbone.norm import BatchNormRule
 
 Lane = tuple[int, Tensor]
 """The unit that runs, and its input."""
@@ -57,7 +57,7 @@ class Lockstep:
         self,
         units: Sequence[nn.Module],
         lanes: Sequence[Lane],
-        policy: NormPolicy,
+        batch_norm: BatchNormRule,
         reseed: Callable[[int, int], None] | None = None,
     ) -> list[Tensor]:
         """The output of ``units[k](x)`` for every lane (k, x).
@@ -65,7 +65,7 @@ class Lockstep:
         Args:
             units: the units of the layer.
             lanes: what this rank runs.
-            policy: of the batch norms.
+            batch_norm: what batch norms in training do.
             reseed: called with (lane, position) before anything that draws random numbers.
         """
         if self.nodes is None:
@@ -74,7 +74,7 @@ class Lockstep:
         for position, node in enumerate(self.nodes):
             if node.op == "output":
                 return [_lookup(node.args[0], values, lane) for lane in range(len(lanes))]
-            values[node] = self._run(node, position, values, units, lanes, policy, reseed)
+            values[node] = self._run(node, position, values, units, lanes, batch_norm, reseed)
         raise AssertionError("a traced graph ends with its output")
 
     def _run(
@@ -84,7 +84,7 @@ class Lockstep:
         values: dict[fx.Node, list[Any]],
         units: Sequence[nn.Module],
         lanes: Sequence[Lane],
-        policy: NormPolicy,
+        batch_norm: BatchNormRule,
         reseed: Callable[[int, int], None] | None,
     ) -> list[Any]:
         if node.op == "placeholder":
@@ -100,7 +100,7 @@ class Lockstep:
         inputs: list[Any] = [args[0] for args, _ in arguments]
         if isinstance(modules[0], nn.BatchNorm2d) and modules[0].training:
             meeting = [(k, x) for (k, _), x in zip(lanes, inputs, strict=True)]
-            normalised = cross_task_batch_norm(modules, meeting, policy)
+            normalised = batch_norm(modules, meeting)
             # timm's combined module: the norm and what follows it.
             return [
                 modules[k].act(modules[k].drop(y)) if isinstance(modules[k], BatchNormAct2d) else y

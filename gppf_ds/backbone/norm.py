@@ -7,7 +7,7 @@ costs one all-reduce forward and one backward, of the same size on every rank in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Weighting = Literal["element", "device", "sample"]
+BatchNormRule = Callable[[Sequence[nn.BatchNorm2d], Sequence[tuple[int, Tensor]]], list[Tensor]]
+"""How batch norms are computed in training: (norms, lanes) -> outputs, see :func:`cross_task_batch_norm`."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class NormPolicy:
     def share(self, x: Tensor) -> float:
         """The weight of one device's map (B, C, *spatial) in the pooled statistics."""
         return {"element": x.numel() / x.shape[1], "device": 1.0, "sample": float(x.shape[0])}[self.weighting]
+
+    def __call__(self, norms: Sequence[nn.BatchNorm2d], lanes: Sequence[tuple[int, Tensor]]) -> list[Tensor]:
+        """:func:`cross_task_batch_norm` with this policy: a policy is a :data:`BatchNormRule`."""
+        return cross_task_batch_norm(norms, lanes, self)
 
 
 def cross_task_batch_norm(

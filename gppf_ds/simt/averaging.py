@@ -34,7 +34,8 @@ def scale_for_average(
     for parameter, owner in parameters:
         count = counts[owner]
         if count == 0:
-            if parameter.grad is not None and parameter.grad.any():
+            gradient = parameter.grad
+            if gradient is not None and gradient.any() and torch.isfinite(gradient).all():
                 raise RuntimeError(f"a parameter of {owner} has a gradient although no device uses it in this step")
             parameter.grad = None
             continue

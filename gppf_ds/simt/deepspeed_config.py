@@ -62,6 +62,8 @@ def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
         "stage": engine.zero_stage,
         # Overlap happens at lego layers in one fixed order; DeepSpeed's own follows each rank's autograd order.
         "overlap_comm": False,
+        # Gradients come summed to stages 1 and 2 already; this path does no more than partition them.
+        "contiguous_gradients": True,
     }
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {**(zero.get("offload_optimizer") or {}), "device": "cpu"}
@@ -76,8 +78,6 @@ def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if engine.zero_stage < 3:
-        merged["gradient_allreduce_op"] = "sum"
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
         merged["torch_autocast"] = {"enabled": True, "dtype": dtype}
@@ -120,6 +120,8 @@ def _refuse_contradictions(settings: dict[str, Any], config: RunConfig) -> None:
             f"{path} sets zero_optimization.overlap_comm, whose order of collectives depends on a rank's task: "
             "remove it."
         )
+    if not zero.get("contiguous_gradients", True):
+        raise UserError(f"{path} turns zero_optimization.contiguous_gradients off, which cannot work here: remove it.")
     offload = zero.get("offload_optimizer")
     if offload and not config.engine.offload_optimizer:
         raise UserError(f"{path} sets zero_optimization.offload_optimizer: set engine.offload_optimizer as well.")

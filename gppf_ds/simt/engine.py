@@ -25,6 +25,7 @@ from gppf_ds.simt.averaging import scale_for_average
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
+from gppf_ds.simt.reduction import LayerwiseReduction, split_into_parts
 from gppf_ds.simt.usage import Owner, owner_of, usage_counts
 
 VERIFIED = ("0.19",)
@@ -99,7 +100,7 @@ class StepReport:
     """Which of all devices contributed, (devices,), bool."""
     skipped: str | None = None
     """Why the whole step changed nothing, if so."""
-    counts: dict[Owner, int] = field(default_factory=dict)
+    counts: Mapping[Owner, int] = field(default_factory=dict)
 
 
 class SimtEngine:
@@ -137,8 +138,18 @@ class SimtEngine:
         if self.stage:
             partitions = _partitions_of_stage_3 if self.stage == 3 else _partitions_of_stages_1_and_2
             self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine))
+        self.reduction = self._take_over_reduction() if self.stage < 3 else None
+
+    def _take_over_reduction(self) -> LayerwiseReduction:
+        """Stages 0 to 2: gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
         if self.stage == 0:
             self.engine.enable_backward_allreduce = False
+        else:
+            self.engine.optimizer.average_tensor = lambda tensor, dtype: None
+        named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
+        reduction = LayerwiseReduction(split_into_parts(named, len(self.model.backbone.layers)))
+        self.model.backbone.after_backward = reduction.backward_reached
+        return reduction
 
     @property
     def num_devices(self) -> int:
@@ -172,31 +183,50 @@ class SimtEngine:
         self.engine.train()
         paths = self._paths(tasks, step)
         losses: list[DeviceLoss] = []
+        valid = np.ones(len(tasks), dtype=bool)
         with self._local_gradients():
-            for jobs in groups:
+            for number, jobs in enumerate(groups, start=1):
                 if self.stage == 3:  # a leaf module's backward hook needs an input with a gradient
                     for job in jobs:
                         job.passing.images.requires_grad_()
                 loss, outcomes = self.engine(jobs, self._loss_scale())
-                self.engine.backward(loss, scale_wrt_gas=False)
                 losses.extend(outcomes)
-            valid, skipped = self._agree([job.device for jobs in groups for job in jobs], losses, len(tasks))
-            counts = dict(usage_counts(set(self.owners.values()), tasks, paths, valid))
+                valid &= self._finite_devices(jobs, outcomes, len(tasks))
+                for job in jobs:
+                    if not valid[job.device]:
+                        # Batch statistics couple devices: other losses reach this route too, and must not count for it.
+                        job.passing.route.weights.register_hook(torch.zeros_like)
+                if number == len(groups):
+                    counts = usage_counts(set(self.owners.values()), tasks, paths, valid)
+                    if self.reduction is not None:
+                        self.reduction.begin(counts)
+                self.engine.backward(loss, scale_wrt_gas=False)
+            if self.reduction is not None:
+                self.reduction.finish()
+            else:
+                scale_for_average(self.parameters, counts, float(self.world_size))
+            skipped = self._reason_to_skip(valid)
             if skipped is not None:
                 counts = dict.fromkeys(counts, 0)
                 for parameter, _ in self.parameters:
                     parameter.grad = None
-            factor = float(self.world_size) if self.stage == 3 else 1.0
-            gradients = scale_for_average(self.parameters, counts, factor)
-            if self.stage == 0:
-                self.engine.buffered_allreduce_fallback(grads=gradients)
         if self.stage == 3:
             self._clear_stale_partitions(counts)
+        return StepReport(losses, valid, self._update(tasks, valid, counts, skipped), counts)
+
+    def _update(
+        self, tasks: Sequence[str], valid: np.ndarray, counts: Mapping[Owner, int], skipped: str | None
+    ) -> str | None:
+        """Lets the optimizers step, and returns why nothing changed, if so."""
         if self.masked is not None:
             self.masked.users = lambda name: counts[self.owners[name]]
-        self.engine.step()
-        self._controller_step(tasks, valid, skipped is not None)
-        return StepReport(losses, valid, skipped, counts)
+        scale = self._loss_scale()
+        if self.stage > 0 or skipped is None:
+            self.engine.step()
+        if self._loss_scale() < scale:
+            skipped = "loss_scale_overflow"
+        self._controller_step(tasks, valid, scale, skipped is not None)
+        return skipped
 
     def fragments(self) -> list[Fragment]:
         """Every parameter part that this rank owns, with its optimizer state; together the ranks own each part once."""
@@ -259,7 +289,7 @@ class SimtEngine:
 
     @contextmanager
     def _local_gradients(self) -> Iterator[None]:
-        """Backward passes inside leave gradients alone; on exit stages 1 to 3 reduce them in one fixed order."""
+        """DeepSpeed leaves gradients alone inside; on exit it partitions them (stage 3: reduces, in fixed order)."""
         if self.stage == 0:
             yield
         else:
@@ -273,31 +303,35 @@ class SimtEngine:
             if counts[owner] == 0 and parameter.ds_id in partitions:
                 partitions[parameter.ds_id].zero_()
 
-    def _agree(
-        self, devices: Sequence[int], losses: Sequence[DeviceLoss], num_devices: int
-    ) -> tuple[np.ndarray, str | None]:
-        """Which devices contribute, and why the whole step must be skipped, if so: the same answer on every rank."""
-        bad = torch.zeros(num_devices + 1, device=self.device)
-        for device, outcome in zip(devices, losses, strict=True):
-            bad[device] = float(not outcome.finite)
-        norms = torch._foreach_norm([p.grad for p, _ in self.parameters if p.grad is not None])
-        if self.precision != "fp16":  # there the loss scaler sees to it
-            bad[-1] = (~torch.isfinite(torch.stack(norms)).all()).float()
+    def _finite_devices(self, jobs: Sequence[Job], outcomes: Sequence[DeviceLoss], num_devices: int) -> np.ndarray:
+        """Which of all devices gave a finite loss and finite gradients, (devices,): the same answer on every rank."""
+        bad = torch.zeros(num_devices, device=self.device)
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            bad[job.device] = float(not outcome.finite)
         if self.world_size > 1:
             dist.all_reduce(bad)
-        flags = bad.cpu().numpy() > 0
-        if flags[-1]:
-            return ~flags[:-1], "non_finite_gradient"
-        return ~flags[:-1], "non_finite_loss" if flags[:-1].all() else None
+        return bad.cpu().numpy() == 0
 
-    def _controller_step(self, tasks: Sequence[str], valid: np.ndarray, skipped: bool) -> None:
+    def _reason_to_skip(self, valid: np.ndarray) -> str | None:
+        """Why this step must change nothing, if so: the same answer on every rank."""
+        if not valid.any():
+            return "non_finite_loss"
+        if self.precision == "fp16":  # the loss scaler looks at the gradients
+            return None
+        norms = torch._foreach_norm([p.grad for p, _ in self.parameters if p.grad is not None])
+        bad = (~torch.isfinite(torch.stack(norms)).all()).float()
+        if self.world_size > 1:
+            dist.all_reduce(bad)
+        return "non_finite_gradient" if bad > 0 else None
+
+    def _controller_step(self, tasks: Sequence[str], valid: np.ndarray, loss_scale: float, skipped: bool) -> None:
         """Task average and Adam step of the controller rows (N_p = devices that run the task)."""
         names = list(self.controller.logits)
         rows = [self.controller.logits[name] for name in names]
         flat = torch.stack([row.grad if row.grad is not None else torch.zeros_like(row) for row in rows])
         if self.world_size > 1:
             dist.all_reduce(flat)
-        flat = flat / self._loss_scale()
+        flat = flat / loss_scale
         usable = not skipped and bool(torch.isfinite(flat).all())
         for row, name, grad in zip(rows, names, flat, strict=True):
             count = int(np.sum(valid & (np.asarray(tasks) == name)))

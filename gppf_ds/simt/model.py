@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gppf_ds.backbone.lego import LegoBackbone, Pass
-from gppf_ds.backbone.norm import NormPolicy
+from gppf_ds.backbone.norm import BatchNormRule, NormPolicy
 from gppf_ds.seeding import FORWARD, seed_global_generators
 from gppf_ds.tasks.task import Batch, Head
 
@@ -95,7 +95,8 @@ class HeadBank(nn.Module):
             inputs = [*parameters, *leaves]
             grads = torch.autograd.grad(loss, inputs, loss.new_tensor(loss_scale), allow_unused=True)
         finite = torch.isfinite(loss.detach())
-        for grad in grads:
+        # A scaled gradient that overflows is the loss scaler's business: it must see it to lower the scale.
+        for grad in grads if loss_scale == 1.0 else ():
             if grad is not None:
                 finite = finite & torch.isfinite(grad).all()
         return loss.detach(), DeviceLoss({k: float(v.detach()) for k, v in terms.items()}, bool(finite)), grads
@@ -123,20 +124,20 @@ class SimtModel(nn.Module):
         backbone: LegoBackbone,
         heads: Mapping[str, Head],
         loss_weights: Mapping[str, float],
-        policy: NormPolicy | None = None,
+        batch_norm: BatchNormRule | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.heads = HeadBank(heads, loss_weights)
-        self.policy = policy or NormPolicy()
+        self.batch_norm = batch_norm or NormPolicy()
 
     def forward(self, jobs: Sequence[Job], loss_scale: float = 1.0) -> tuple[Tensor, list[DeviceLoss]]:
         """Runs this rank's devices through backbone and heads; see :meth:`HeadBank.forward`."""
-        features = self.backbone([job.passing for job in jobs], self.policy)
+        features = self.backbone([job.passing for job in jobs], self.batch_norm)
         return self.heads(jobs, loss_scale, *(x for maps in features for x in maps))
 
     @torch.no_grad()
     def predict(self, task: str, batch: Batch, passing: Pass) -> list[Any]:
         """One task's predictions for one batch, without any collective."""
-        features = self.backbone([passing], self.policy)[0]
+        features = self.backbone([passing], self.batch_norm)[0]
         return self.heads.bank[task].predict(features, batch.targets)  # type: ignore[operator]

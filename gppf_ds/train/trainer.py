@@ -9,19 +9,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from gppf_ds.backbone.lego import Pass
 from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
-from gppf_ds.seeding import FORWARD, seed_global_generators
+from gppf_ds.simt.agreement import agree, describe
 from gppf_ds.simt.engine import SimtEngine, StepReport
-from gppf_ds.simt.loader import LoadedBatch, TaskReader, UnreadableSamples, load
-from gppf_ds.simt.model import Job, SimtModel
-from gppf_ds.simt.sampler import Sampler
-from gppf_ds.simt.schedule import Schedule
+from gppf_ds.simt.loader import LoadedBatch, UnreadableSamples
+from gppf_ds.simt.model import SimtModel
 from gppf_ds.tasks.task import Task
 from gppf_ds.train import checkpoint
 from gppf_ds.train.checkpoint import CheckpointReader, TrainState
 from gppf_ds.train.evaluate import evaluate
+from gppf_ds.train.feed import Feed
 from gppf_ds.train.observe import Observer
 from gppf_ds.train.restore import build_model, require_same_architecture, restore_shared, shared_tensors
 
@@ -41,11 +39,10 @@ class Trainer:
         self.names = list(tasks)
         self.device = device
         self.checkpoints = Path(config.output) / "checkpoints"
-        self.engine = SimtEngine(*build_model(config.backbone, tasks, config.seed), config, device)
-        self.readers = {name: TaskReader(task.dataset("train"), task.collate) for name, task in tasks.items()}
-        self.schedule = Schedule.from_weights({n: t.weight for n, t in tasks.items()}, config.schedule, config.seed)
-        sizes = [len(reader.dataset) for reader in self.readers.values()]
-        self.sampler = Sampler(self.schedule, sizes, [task.batch_size for task in tasks.values()])
+        self.feed = Feed(config, tasks)
+        model, controller = build_model(config.backbone, tasks, config.seed)
+        agree(describe(model, self.feed.sizes))
+        self.engine = SimtEngine(model, controller, config, device)
         self.state = TrainState(0, dict.fromkeys(self.names, 0), config.seed)
         resumed = self._resume()
         self.unreadable = UnreadableSamples(config.loader)
@@ -61,9 +58,9 @@ class Trainer:
         batches = self._batches()
         while self.state.step < self.config.steps:
             step, started = self.state.step, time.monotonic()
-            tasks = [self.names[t] for t in self.schedule(step, self.engine.num_devices)]
+            tasks = self.feed.tasks(step, self.engine.num_devices)
             groups = [[self._next(batches) for _ in group] for group in self.engine.devices()]
-            report = self.engine.step(step, tasks, [[self._job(batch) for batch in group] for group in groups])
+            report = self.engine.step(step, tasks, [[self.feed.job(batch, self.engine) for batch in group] for group in groups])
             self._advance(tasks)
             loaded = [batch for group in groups for batch in group]
             self.observer.step(step, tasks, loaded, report, time.monotonic() - started)
@@ -73,10 +70,9 @@ class Trainer:
 
     def _batches(self) -> Iterator[LoadedBatch]:
         """This rank's batches from the present step to the last, in the order of its devices."""
-        cursors = [self.state.cursors[name] for name in self.names]
         devices = [device for group in self.engine.devices() for device in group]
-        requests = self.sampler(self.state.step, self.config.steps, cursors, devices, self.engine.num_devices)
-        return load(self.readers, requests, self.config.seed, self.config.loader)
+        state = self.state
+        return self.feed.batches(state.step, self.config.steps, state.cursors, devices, self.engine.num_devices)
 
     def _next(self, batches: Iterator[LoadedBatch]) -> LoadedBatch:
         started = time.monotonic()
@@ -84,14 +80,6 @@ class Trainer:
         self.observer.read(batch, time.monotonic() - started)
         self.unreadable.observe(batch)
         return batch
-
-    def _job(self, loaded: LoadedBatch) -> Job:
-        request = loaded.request
-        seed_global_generators(self.config.seed, FORWARD, request.step, request.device, "preprocess")
-        batch = self.tasks[request.task].preprocess(loaded.data, self.device, training=True)
-        route = self.engine.route(request.task, request.step, request.device)
-        key = (self.config.seed, request.step, request.device)
-        return Job(request.device, request.task, batch, Pass(batch.images, route, key))
 
     def _advance(self, tasks: list[str]) -> None:
         self.state.step += 1

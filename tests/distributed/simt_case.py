@@ -1,6 +1,6 @@
-"""One case of the exactness matrix: five steps of the engine on real ranks against the single-process reference.
+"""Cases of the exactness matrix: five steps of the engine on real ranks against the single-process reference.
 
-Run on every rank with a json object as its only argument; rank 0 prints the worst relative error.
+Run on every rank with a json list of cases as its only argument; rank 0 prints the worst relative error of each case.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from distributed import reference
 from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.config import BackboneConfig, ControllerConfig, EngineConfig, OptimizerConfig, RunConfig, ScheduleConfig
-from gppf_ds.simt.engine import SimtEngine, learning_rate, start_distributed
+from gppf_ds.simt.engine import SimtEngine, StepReport, learning_rate, start_distributed
 from gppf_ds.simt.model import Job, SimtModel
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Batch, Head
@@ -25,15 +25,20 @@ SHAPES = {"a": (4, 3, 32, 32), "b": (2, 3, 48, 32), "c": (3, 3, 32, 64), "idle":
 WEIGHTS = {"a": 2.0, "b": 1.0, "c": 1.0, "idle": 0.05}
 
 
+Targets = tuple[Tensor, float]
+"""Labels, and a factor on the loss: 1, or nan on a device that is to fail."""
+
+
 class PoolHead(Head):
     def __init__(self, channels: int, outputs: int) -> None:
         super().__init__()
         self.linear = nn.Linear(channels, outputs)
 
-    def loss(self, features: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
-        return {"loss": nn.functional.cross_entropy(self.linear(features[-1].mean((2, 3))), targets)}
+    def loss(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
+        labels, factor = targets
+        return {"loss": factor * nn.functional.cross_entropy(self.linear(features[-1].mean((2, 3))), labels)}
 
-    def predict(self, features: list[Tensor], targets: Tensor) -> list[Tensor]:
+    def predict(self, features: list[Tensor], targets: Targets) -> list[Tensor]:
         return list(self.linear(features[-1].mean((2, 3))))
 
 
@@ -45,11 +50,11 @@ class DenseHead(Head):
         self.conv = nn.Conv2d(channels, 2, 3, padding=1)
         self.unused = nn.Parameter(torch.ones(3))
 
-    def loss(self, features: list[Tensor], targets: Tensor) -> dict[str, Tensor]:
+    def loss(self, features: list[Tensor], targets: Targets) -> dict[str, Tensor]:
         y = self.conv(features[1])
-        return {"near": y[:, 0].square().mean(), "far": (y[:, 1] - 1).abs().mean()}
+        return {"near": targets[1] * y[:, 0].square().mean(), "far": (y[:, 1] - 1).abs().mean()}
 
-    def predict(self, features: list[Tensor], targets: Tensor) -> list[Tensor]:
+    def predict(self, features: list[Tensor], targets: Targets) -> list[Tensor]:
         return list(self.conv(features[1]))
 
 
@@ -67,16 +72,19 @@ def build(config: RunConfig) -> tuple[SimtModel, Controller, Schedule]:
     with torch.no_grad():  # away from the zeros that biases and last norms start with
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    controller = Controller(list(heads), backbone.units)
+        controller = Controller(list(heads), backbone.units)
+        for row in controller.logits.values():
+            row += torch.randn_like(row)
     schedule = Schedule.from_weights(WEIGHTS, ScheduleConfig(), config.seed)
     return model, controller, schedule
 
 
-def batch(step: int, device: int, task: str) -> Batch:
+def batch(step: int, device: int, task: str, failing: bool = False) -> Batch:
     generator = torch.Generator().manual_seed(1000 * step + device)
     shape = SHAPES[task]
     images = torch.randn(shape, generator=generator) * (1 + device) + device
-    return Batch(images, torch.randint(5, (shape[0],), generator=generator))
+    labels = torch.randint(5, (shape[0],), generator=generator)
+    return Batch(images, (labels, float("nan") if failing else 1.0))
 
 
 def tasks_of(schedule: Schedule, step: int, num_devices: int) -> list[str]:
@@ -91,8 +99,17 @@ def uses(name: str, task: str, path: tuple[int, ...] | None) -> bool:
     return path is None or path[int(parts[2])] == int(parts[4])
 
 
-def reference_run(config: RunConfig, num_devices: int, groups: list[list[int]]) -> tuple[SimtModel, Controller, list]:
-    """``groups`` lists which devices share batch statistics: all of one accumulation group, over all ranks."""
+def reference_run(
+    config: RunConfig, num_devices: int, groups: list[list[int]], failing: list[list[int]]
+) -> tuple[SimtModel, Controller, list]:
+    """The reference's network, controllers, and which parameters were used in each step.
+
+    Args:
+        config: of the run.
+        num_devices: of all ranks.
+        groups: which devices share batch statistics: all of one accumulation group, over all ranks.
+        failing: (step, device) whose loss is not finite: they take part in batch statistics and in nothing else.
+    """
     model, controller, schedule = build(config)
     model.train()
     holder = type("Routes", (), {"controller": controller, "config": config})
@@ -112,6 +129,7 @@ def reference_run(config: RunConfig, num_devices: int, groups: list[list[int]]) 
         tasks = tasks_of(schedule, step, num_devices)
         totals: dict[str, Tensor] = {}
         rows: list[Tensor] = [torch.zeros(()) for _ in tasks]
+        valid = [[step, d] not in failing for d in range(num_devices)]
         routes = [SimtEngine.route(holder, task, step, device) for device, task in enumerate(tasks)]
         for group in groups:
             batches = [batch(step, d, tasks[d]) for d in group]
@@ -119,21 +137,22 @@ def reference_run(config: RunConfig, num_devices: int, groups: list[list[int]]) 
             losses = [
                 sum(model.heads.bank[tasks[d]].loss(m, b.targets).values()) * model.heads.loss_weights[tasks[d]]
                 for d, m, b in zip(group, maps, batches, strict=True)
+                if valid[d]
             ]
             weights = [routes[d].weights for d in group]
-            gradients = torch.autograd.grad(sum(losses), [*parameters.values(), *weights], allow_unused=True)
+            total = sum(losses, 0.0 * maps[0][-1].sum())  # of something even where every device fails
+            gradients = torch.autograd.grad(total, [*parameters.values(), *weights], materialize_grads=True)
             for name, gradient in zip(parameters, gradients, strict=False):
-                if gradient is not None:
-                    totals[name] = totals.get(name, 0) + gradient
+                totals[name] = totals.get(name, 0) + gradient
             for d, gradient in zip(group, gradients[len(parameters) :], strict=True):
                 rows[d] = torch.autograd.grad(routes[d].weights, controller.logits[tasks[d]], gradient)[0]
 
         for name, parameter in parameters.items():
-            users = sum(uses(name, task, route.path) for task, route in zip(tasks, routes, strict=True))
-            parameter.grad = totals.get(name, torch.zeros_like(parameter)) / users if users else None
+            users = sum(uses(name, tasks[d], routes[d].path) for d in range(num_devices) if valid[d])
+            parameter.grad = totals[name] / users if users else None
         usage.append({name: p.grad is not None for name, p in parameters.items()})
         for task, row in controller.logits.items():
-            users = [d for d in range(num_devices) if tasks[d] == task]
+            users = [d for d in range(num_devices) if tasks[d] == task and valid[d]]
             row.grad = sum(rows[d] for d in users) / len(users) if users else None
         if config.optimizer.clip_norm:
             nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip_norm)
@@ -148,21 +167,20 @@ def relative(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).norm() / wanted.double().norm().clamp_min(1e-12))
 
 
-def main() -> None:
-    case = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    config = RunConfig(
+def configuration(case: dict) -> RunConfig:
+    routing = case.get("routing", "soft")
+    return RunConfig(
         output="unused",
         steps=2 * STEPS,
         seed=3,
         backbone=BackboneConfig(
             options={"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 8]},
-            routing=case.get("routing", "soft"),
+            routing=routing,
             checkpoint=case.get("checkpoint", False),
         ),
         # In hard mode a unit followed by convolution and batch norm alone has no gradient with respect to its factor
         # but rounding noise, which Adam would blow up to full steps: there the rows stand still.
-        controller=ControllerConfig(learning_rate=0.05 if case.get("routing", "soft") == "soft" else 0.0),
+        controller=ControllerConfig(learning_rate=0.05 if routing == "soft" else 0.0),
         optimizer=OptimizerConfig(
             name=case.get("optimizer", "sgd"),
             learning_rate=case.get("learning_rate", 0.02),
@@ -173,39 +191,60 @@ def main() -> None:
         ),
         engine=EngineConfig(
             zero_stage=case.get("stage", 0),
+            precision=case.get("precision", "fp32"),
             devices_per_rank=case.get("devices", 1),
             accumulation=case.get("accumulation", 1),
             offload_optimizer=case.get("offload", False),
             timeout=60,
         ),
     )
-    device = start_distributed(config.engine.timeout)
-    model, controller, schedule = build(config)
-    engine = SimtEngine(model, controller, config, device)
-    mine, total = engine.devices(), engine.num_devices
+
+
+def snapshot(engine: SimtEngine) -> dict[tuple[str, int], dict[str, Tensor]]:
+    """Values and optimizer state of every parameter part on this rank."""
+    return {
+        (f.name, f.start): {"values": f.master.clone(), **{k: torch.as_tensor(v).clone() for k, v in f.state.items()}}
+        for f in engine.fragments()
+    }
+
+
+def engine_run(engine: SimtEngine, schedule: Schedule, failing: list[list[int]]) -> list[StepReport]:
+    """Five steps; what no device uses in a step must come out of it bit for bit as it went in."""
     reports = []
     for step in range(STEPS):
-        tasks = tasks_of(schedule, step, total)
+        tasks = tasks_of(schedule, step, engine.num_devices)
         groups = []
-        for group in mine:
+        for group in engine.devices():
             jobs = []
             for d in group:
-                data = batch(step, d, tasks[d])
-                passing = Pass(data.images, engine.route(tasks[d], step, d), (config.seed, step, d))
+                data = batch(step, d, tasks[d], [step, d] in failing)
+                passing = Pass(data.images, engine.route(tasks[d], step, d), (engine.config.seed, step, d))
                 jobs.append(Job(d, tasks[d], data, passing))
             groups.append(jobs)
-        reports.append(engine.step(step, tasks, groups))
+        before = snapshot(engine)
+        report = engine.step(step, tasks, groups)
+        reports.append(report)
+        for part, state in snapshot(engine).items():
+            if report.counts[engine.owners[part[0]]] == 0:
+                assert state.keys() == before[part].keys(), part
+                assert all(torch.equal(state[kind], before[part][kind]) for kind in state), part
+    return reports
 
-    span = total // config.engine.accumulation
-    wanted, wanted_controller, usage = reference_run(
-        config, total, [list(range(g * span, (g + 1) * span)) for g in range(config.engine.accumulation)]
-    )
-    errors = {}
-    values = engine.full_parameters()
-    for name, parameter in wanted.named_parameters():
-        errors[name] = relative(values[name], parameter.detach())
-    for name, buffer in wanted.named_buffers():
-        errors[name] = relative(dict(engine.model.named_buffers())[name].float(), buffer.float())
+
+def run(case: dict, device: torch.device) -> None:
+    config, failing = configuration(case), case.get("failing", [])
+    model, controller, schedule = build(config)
+    engine = SimtEngine(model, controller, config, device)
+    reports = engine_run(engine, schedule, failing)
+
+    groups, span = config.engine.accumulation, engine.num_devices // config.engine.accumulation
+    sharing = [list(range(g * span, (g + 1) * span)) for g in range(groups)]
+    wanted, wanted_controller, usage = reference_run(config, engine.num_devices, sharing, failing)
+    values = {**engine.full_parameters(), **dict(engine.model.named_buffers())}
+    errors = {
+        name: relative(values[name].detach(), tensor.detach())
+        for name, tensor in [*wanted.named_parameters(), *wanted.named_buffers()]
+    }
     for task, row in wanted_controller.logits.items():
         errors[f"controller.{task}"] = relative(engine.controller.logits[task].detach(), row.detach())
     for step, report in enumerate(reports):
@@ -214,7 +253,15 @@ def main() -> None:
     idle = [name for name in usage[0] if not all(step[name] for step in usage)]
     if engine.rank == 0:
         worst = max(errors, key=errors.__getitem__)
-        print("RESULT", json.dumps({"worst": worst, "error": errors[worst], "sometimes_idle": len(idle)}))
+        result = {"worst": worst, "error": errors[worst], "sometimes_idle": len(idle)}
+        print("RESULT", json.dumps(result), flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    device = start_distributed(60.0)
+    for case in json.loads(sys.argv[1]):
+        run(case, device)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 
@@ -13,41 +14,74 @@ TOLERANCE = 1e-6
 """Of the relative error (norm of the difference over norm) after 5 steps in fp32."""
 
 
-def worst_error(world_size: int, **case: object) -> float:
-    outputs = run_ranks("distributed.simt_case", world_size, json.dumps(case))
+def results(world_size: int, cases: list[dict[str, Any]], timeout: float = 300.0) -> list[dict[str, Any]]:
+    """The outcome of each case; parameters that nobody used were compared bit for bit on the ranks."""
+    outputs = run_ranks("distributed.simt_case", world_size, json.dumps(cases), timeout=timeout)
     lines = [line.removeprefix("RESULT ") for line in outputs[0].splitlines() if line.startswith("RESULT ")]
-    result = json.loads(lines[-1])
-    assert result["sometimes_idle"] > 0, "the case must contain parameters that nobody uses in some step"
-    print(case, result)
-    return float(result["error"])
+    found = [json.loads(line) for line in lines]
+    assert len(found) == len(cases)
+    for case, result in zip(cases, found, strict=True):
+        print(case, result)
+        assert result["sometimes_idle"] > 0, "a case must contain parameters that nobody uses in some step"
+    return found
 
 
-@pytest.mark.parametrize(
-    ("world_size", "case"),
-    [
-        (2, {"stage": 0}),
-        (2, {"stage": 1, "routing": "hard", "clip": 0.5, "optimizer": "adamw", "learning_rate": 0.001}),
-        (2, {"stage": 2, "devices": 2, "checkpoint": True}),
-        (2, {"stage": 3, "routing": "hard", "clip": 0.5, "accumulation": 2}),
-        (3, {"stage": 1, "offload": True, "routing": "hard", "clip": 0.5}),
-        (1, {"stage": 0, "devices": 4, "routing": "hard", "checkpoint": True}),
-    ],
-    ids=str,
-)
-def test_a_run_equals_the_reference(world_size: int, case: dict[str, object]) -> None:
-    assert worst_error(world_size, **case) < TOLERANCE
+def check(world_size: int, cases: list[dict[str, Any]], tolerance: float = TOLERANCE, timeout: float = 300.0) -> None:
+    for case, result in zip(cases, results(world_size, cases, timeout), strict=True):
+        assert result["error"] < tolerance, (case, result)
+
+
+def test_two_ranks_equal_the_reference() -> None:
+    adamw = {"optimizer": "adamw", "learning_rate": 0.001}
+    check(
+        2,
+        [
+            {"stage": 0},
+            {"stage": 0, "routing": "hard", "clip": 0.5, "accumulation": 2},
+            {"stage": 1, "routing": "hard", "clip": 0.5, **adamw},
+            {"stage": 2, "devices": 2, "checkpoint": True},
+            {"stage": 3, "routing": "hard", "clip": 0.5, "accumulation": 2},
+            {"stage": 3, "checkpoint": True, **adamw},
+        ],
+    )
+
+
+def test_offloaded_optimizers_equal_the_reference() -> None:
+    check(2, [{"stage": stage, "offload": True, "routing": "hard", "clip": 0.5} for stage in (1, 2, 3)])
+
+
+def test_four_virtual_devices_give_one_update_however_ranks_share_them() -> None:
+    for world_size, devices in ((1, 4), (2, 2), (4, 1)):
+        check(world_size, [{"stage": 1, "devices": devices}, {"stage": 0, "devices": devices, "routing": "hard"}])
+
+
+def test_a_device_without_a_finite_loss_contributes_nothing() -> None:
+    failing = [[1, 0], [2, 0], [2, 1], [3, 1]]  # (step, device); in step 2 every device fails
+    check(2, [{"stage": stage, "failing": failing} for stage in (0, 1, 3)])
+    check(3, [{"stage": 2, "failing": failing, "routing": "hard"}])
+
+
+def test_bf16_stays_near_fp32() -> None:
+    """Autocast keeps 8 bits of each activation: what moved agrees to 10 % after five steps, what was idle exactly."""
+    check(2, [{"stage": stage, "precision": "bf16", "learning_rate": 0.005} for stage in (0, 1, 2, 3)], tolerance=0.1)
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("routing", ["soft", "hard"])
-@pytest.mark.parametrize(
-    ("accumulation", "devices", "optimizer", "clip"),
-    list(itertools.product([1, 2], [1, 2], ["sgd", "adamw"], [0.0, 0.5])),
-)
-def test_the_whole_matrix(
-    stage: int, routing: str, accumulation: int, devices: int, optimizer: str, clip: float
-) -> None:
-    case = {"stage": stage, "routing": routing, "accumulation": accumulation, "devices": devices, "clip": clip}
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_whole_matrix(stage: int, optimizer: str) -> None:
     rate = 0.02 if optimizer == "sgd" else 0.001
-    assert worst_error(2, **case, optimizer=optimizer, learning_rate=rate) < TOLERANCE
+    cases = [
+        {
+            "stage": stage,
+            "routing": routing,
+            "accumulation": accumulation,
+            "devices": devices,
+            "clip": clip,
+            "optimizer": optimizer,
+            "learning_rate": rate,
+        }
+        for routing, accumulation, devices, clip in itertools.product(["soft", "hard"], [1, 2], [1, 2], [0.0, 0.5])
+    ]
+    check(2, cases, timeout=1800)

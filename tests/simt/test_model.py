@@ -54,12 +54,12 @@ class DenseHead(Head):
         return list(self.conv(features[1]))
 
 
-def build(policy: NormPolicy | None = None) -> SimtModel:
+def build(batch_norm: NormPolicy | None = None) -> SimtModel:
     backbone = LegoBackbone(BackboneConfig(options={"layers": [1, 1, 1, 1], "channels": [4, 4, 8, 8]}))
     torch.manual_seed(1)
     channels = backbone.channels
     heads = {"cls": ClsHead(channels[-1]), "dense": DenseHead(channels[1]), "idle": ClsHead(channels[-1])}
-    model = SimtModel(backbone, heads, LOSS_WEIGHTS, policy)
+    model = SimtModel(backbone, heads, LOSS_WEIGHTS, batch_norm)
     with torch.no_grad():
         for p in model.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -80,7 +80,7 @@ def jobs_of(controller: Controller, tasks: list[str], factors: list[float] | Non
 
 def end_to_end(model: SimtModel, jobs: list[Job], keep: list[int]) -> Tensor:
     """What the step means: the weighted losses in one graph, dropout off."""
-    features = model.backbone([job.passing for job in jobs], model.policy)
+    features = model.backbone([job.passing for job in jobs], model.batch_norm)
     losses = [
         sum(model.heads.bank[job.task].loss(maps, job.batch.targets).values()) * LOSS_WEIGHTS[job.task]
         for job, maps in zip(jobs, features, strict=True)

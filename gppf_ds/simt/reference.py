@@ -1,0 +1,192 @@
+"""The specification of a SIMT step in plain PyTorch: all devices in one process, nothing distributed, no DeepSpeed.
+
+GPPF section 3.2. Whatever the engine does with ranks, partitions and overlapping collectives, it must come to this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from gppf_ds.backbone.controller import Controller, Route, temperature
+from gppf_ds.backbone.lego import Pass
+from gppf_ds.backbone.norm import Weighting
+from gppf_ds.config import RunConfig
+from gppf_ds.seeding import FORWARD, seed_global_generators
+from gppf_ds.simt.engine import learning_rate
+from gppf_ds.simt.model import HEAD_STREAM, SimtModel
+from gppf_ds.tasks.task import Batch
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Reference:
+    """Steps a model and its controllers.
+
+    Args:
+        model: with its initial values, on the device that computes; built without activation checkpointing.
+        controller: of all tasks.
+        config: of the run.
+        precision: fp32 or bf16 (autocast).
+
+    Attributes:
+        optimizer, controller_optimizer: of plain torch.
+    """
+
+    def __init__(self, model: SimtModel, controller: Controller, config: RunConfig, precision: str = "fp32") -> None:
+        self.model = model
+        self.controller = controller
+        self.config = config
+        self.dtype = AUTOCAST[precision]
+        self.optimizer = _optimizer(model, config)
+        self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
+
+    def step(
+        self, step: int, tasks: Sequence[str], batches: Sequence[Batch]
+    ) -> tuple[list[dict[str, float]], dict[str, int]]:
+        """One optimizer step.
+
+        Args:
+            step: its number.
+            tasks: the task of every device.
+            batches: of every device.
+
+        Returns:
+            The loss terms of every device, unweighted; and how many devices used each parameter, by name.
+        """
+        self.model.train()
+        self.model.zero_grad()
+        self.controller.zero_grad()
+        routes = [self._route(task, step, device) for device, task in enumerate(tasks)]
+        terms: list[dict[str, float]] = []
+        span = len(tasks) // self.config.engine.accumulation
+        for start in range(0, len(tasks), span):  # devices of one accumulation group share batch statistics
+            terms += self._backward(step, range(start, start + span), tasks, batches, routes)
+
+        users = {
+            name: sum(uses(name, task, route.path) for task, route in zip(tasks, routes, strict=True))
+            for name, _ in self.model.named_parameters()
+        }
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        for name, parameter in trained:
+            parameter.grad = _task_average(parameter, users[name])
+        for task, row in self.controller.logits.items():
+            row.grad = _task_average(row, list(tasks).count(task))
+        if self.config.optimizer.clip_norm:
+            nn.utils.clip_grad_norm_([p for _, p in trained], self.config.optimizer.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.config)
+        self.optimizer.step()
+        self.controller_optimizer.step()
+        return terms, users
+
+    def _backward(
+        self, step: int, devices: range, tasks: Sequence[str], batches: Sequence[Batch], routes: Sequence[Route]
+    ) -> list[dict[str, float]]:
+        """Adds the gradients of these devices' weighted losses, and returns their loss terms."""
+        seed, backbone = self.config.seed, self.config.backbone
+        rule = partial(batch_norm, weighting=backbone.norm_weighting, synchronise=backbone.norm_sync == "cross_task")
+        passes = [Pass(batches[d].images, routes[d], (seed, step, d)) for d in devices]
+        losses, terms = [], []
+        with torch.autocast(passes[0].images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            features = self.model.backbone(passes, rule)
+            for device, maps in zip(devices, features, strict=True):
+                seed_global_generators(seed, FORWARD, step, device, HEAD_STREAM)
+                named = self.model.heads.bank[tasks[device]].loss(maps, batches[device].targets)  # type: ignore[operator]
+                loss = torch.stack([term.float() for term in named.values()]).sum()
+                losses.append(loss * self.model.heads.loss_weights[tasks[device]])
+                terms.append({name: float(term.detach()) for name, term in named.items()})
+        torch.stack(losses).sum().backward()
+        return terms
+
+    def _route(self, task: str, step: int, device: int) -> Route:
+        noise = self.controller.noise(self.config.seed, step, device)
+        tau = temperature(step, self.config.steps, self.config.controller)
+        hard = self.config.backbone.routing == "hard"
+        return (self.controller.hard_route if hard else self.controller.soft_route)(task, noise, tau)
+
+
+def batch_norm(
+    norms: Sequence[nn.BatchNorm2d],
+    lanes: Sequence[tuple[int, Tensor]],
+    weighting: Weighting = "element",
+    synchronise: bool = True,
+) -> list[Tensor]:
+    """Batch norm by concatenation: all elements of all devices that use a norm, whatever their task and shape.
+
+    Args:
+        norms: of the units of one layer.
+        lanes: (unit, x) of every device, x (B, C, H, W).
+        weighting: whether an element of the map, a device, or an image counts once.
+        synchronise: normalise with the statistics of all devices, or each device with its own. Running statistics
+            cover all devices either way.
+    """
+    outputs = [x for _, x in lanes]
+    for unit, norm in enumerate(norms):
+        users = [lane for lane, (k, _) in enumerate(lanes) if k == unit]
+        if not users:
+            continue
+        together = _moments([lanes[lane][1] for lane in users], weighting)
+        _update_running_statistics(norm, *together, sum(lanes[lane][1][:, 0].numel() for lane in users))
+        for lane in users:
+            x = lanes[lane][1]
+            mean, variance = together if synchronise else _moments([x], weighting)
+            scale = norm.weight * torch.rsqrt(variance + norm.eps)
+            y = (x.float() - _column(mean)) * _column(scale) + _column(norm.bias)
+            outputs[lane] = y.to(x.dtype)
+    return outputs
+
+
+def _moments(xs: Sequence[Tensor], weighting: Weighting) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of the concatenation, (C,) each."""
+    elements = torch.cat([x.float().transpose(0, 1).flatten(1) for x in xs], dim=1)
+    share = {"element": lambda x: x[:, 0].numel(), "device": lambda x: 1, "sample": len}[weighting]
+    weights = torch.cat([x.new_full((x[:, 0].numel(),), share(x) / x[:, 0].numel(), dtype=torch.float32) for x in xs])
+    weights = weights / weights.sum()
+    mean = (elements * weights).sum(1)
+    return mean, ((elements - mean[:, None]).square() * weights).sum(1)
+
+
+@torch.no_grad()
+def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, elements: int) -> None:
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    norm.num_batches_tracked += 1
+    momentum = norm.momentum if norm.momentum is not None else 1 / float(norm.num_batches_tracked)
+    norm.running_mean.lerp_(mean, momentum)
+    norm.running_var.lerp_(variance * elements / (elements - 1), momentum)
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.view(1, -1, 1, 1)
+
+
+def uses(name: str, task: str, path: tuple[int, ...] | None) -> bool:
+    """Whether a device with this task and path (None: soft, all units) uses the parameter of this name."""
+    parts = name.split(".")
+    if parts[0] == "heads":  # heads.bank.<task>
+        return parts[2] == task
+    if "units" in parts and path is not None:  # backbone.layers.<layer>.units.<unit>
+        return path[int(parts[2])] == int(parts[4])
+    return True
+
+
+def _task_average(parameter: nn.Parameter, users: int) -> Tensor | None:
+    """The sum of the users' gradients, divided by how many they are; None where there is none."""
+    if users == 0:
+        return None
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / users
+
+
+def _optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.dim() > 1 or settings.norm_decay]
+    others = [p for p in trained if p.dim() <= 1 and not settings.norm_decay]
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    if settings.name == "sgd":
+        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
