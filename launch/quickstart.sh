@@ -45,6 +45,10 @@ train() {
     local rc=0 cause=$RUN/cause.txt
     choose_ranks
     rm -f "$cause"
+    # Through the pipe below the progress bar cannot see that there is a terminal.
+    if [[ -t 1 ]]; then
+        export GPPF_DS_TERMINAL=1 COLUMNS=${COLUMNS:-$(tput cols 2>/dev/null || echo 120)}
+    fi
     # A hostfile of the cluster must not turn this into a run on many machines, hence /dev/null.
     deepspeed --hostfile /dev/null --log_level error --master_port "${MASTER_PORT:-$(free_port)}" "${LAUNCH[@]}" \
         --no_local_rank --module gppf_ds train --config "$RECIPE" --output "$RUN" "$@" 2>&1 | tee "$LOG" || rc=$?

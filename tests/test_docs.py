@@ -41,7 +41,7 @@ def code(text: str) -> str:
 def table(text: str, heading: str) -> list[list[str]]:
     """The cells of the first table under a heading, without its head."""
     section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    rows = [line.strip("| ").split("|") for line in section.splitlines() if line.startswith("|")]
+    rows = [line.strip()[1:-1].split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 

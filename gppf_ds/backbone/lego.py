@@ -135,8 +135,7 @@ class LegoBackbone(nn.Module):
             assert isinstance(layer, LegoLayer)
             if self.after_backward is not None and all(x.requires_grad for x in xs):
                 # The gradients of a layer's inputs are the last that its backward computes.
-                done = partial(self.after_backward, layer.index)
-                torch.autograd.graph.register_multi_grad_hook(xs, lambda _, done=done: done())
+                _when_all_have_gradients(xs, partial(self.after_backward, layer.index))
             if self.config.checkpoint and torch.is_grad_enabled():
                 # Each pass re-seeds what is random in it, so the generators need no saving.
                 xs = checkpoint(layer, passes, batch_norm, *xs, use_reentrant=False, preserve_rng_state=False)
@@ -146,3 +145,20 @@ class LegoBackbone(nn.Module):
                 for maps, x in zip(features, xs, strict=True):
                     maps.append(layer.tap.as_map(x))
         return features
+
+
+def _when_all_have_gradients(tensors: Sequence[Tensor], done: Callable[[], None]) -> None:
+    """Calls ``done`` once backward has computed the gradients of all tensors.
+
+    torch's own ``register_multi_grad_hook`` keeps the graph in a cycle of references, and so in memory for good.
+    """
+    waiting = len(tensors)
+
+    def hook(_: Tensor) -> None:
+        nonlocal waiting
+        waiting -= 1
+        if waiting == 0:
+            done()
+
+    for tensor in tensors:
+        tensor.register_hook(hook)

@@ -139,14 +139,16 @@ class _CrossTaskBatchNorm(torch.autograd.Function):
             # dx = w / sigma * (dy - share * (sum dy + xhat * sum dy*xhat)), written as direct - (offset + slope * x).
             slope = weight * inverse * shares[lane] * inverse * sums[channels:]
             offset = weight * inverse * shares[lane] * sums[:channels] - slope * means[lane].double()
-            shape = (1, -1) + (1,) * (x.dim() - 2)
-            x_grads.append(direct[lane] - (offset.float().view(shape) + slope.float().view(shape) * x).to(x.dtype))
+            # The correction is an affine map per channel: a batch norm with mean 0 and variance 1, in one pass.
+            zero, one = torch.zeros_like(means[lane]), torch.ones_like(means[lane])
+            correction = torch.batch_norm(x, slope.float(), offset.float(), zero, one, False, 0.0, 0.0, False)
+            x_grads.append(direct[lane].sub_(correction))
         return (None, *affine_grads, *x_grads)
 
 
 def _statistics(x: Tensor, share: float) -> Tensor:
     """One device's row. The local moments come from a two-pass kernel, so that nothing cancels where |mean| >> std."""
-    variance, mean = torch.var_mean(x.float(), dim=[0, *range(2, x.dim())], correction=0)
+    mean, variance = torch.batch_norm_update_stats(x.float(), None, None, 0.0)
     mean, variance = mean.double(), variance.double()
     weights = mean.new_tensor([share, x.numel() / x.shape[1]])
     return torch.cat([share * mean, share * (variance + mean * mean), weights])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ class Progress:
     def __init__(self, steps: int, start: int, every: int, enabled: bool) -> None:
         self.every = every
         self.enabled = enabled
-        self.terminal = sys.stderr.isatty()
+        # A script that pipes our output onto a terminal says so.
+        self.terminal = sys.stderr.isatty() or os.environ.get("GPPF_DS_TERMINAL") == "1"
         self.losses: dict[str, float] = {}
         self._started = time.monotonic()
         self._start, self._steps = start, steps

@@ -16,12 +16,22 @@ from gppf_ds.simt.usage import Owner
 
 
 def scale_for_average(
-    parameters: Iterable[tuple[nn.Parameter, Owner]], counts: Mapping[Owner, int], factor: float = 1.0
+    parameters: Iterable[tuple[nn.Parameter, Owner]],
+    counts: Mapping[Owner, int],
+    factor: float = 1.0,
+    strict: bool = True,
 ) -> list[Tensor]:
     """Prepares this rank's gradients so that their sum over the ranks is the task average times ``factor``.
 
     Gradients are scaled in place by factor / N_p; a parameter that only other ranks used gets zeros; one that nobody
     used gets None.
+
+    Args:
+        parameters: with their owners, in the same order on every rank.
+        counts: N_p of every owner.
+        factor: see above.
+        strict: a gradient of a parameter that nobody used is an error. Not so where a device was dropped: batch
+            statistics carry gradients of other losses into units that only the dropped device ran.
 
     Returns:
         The gradients to reduce, in the order of ``parameters``: the same list of shapes on every rank.
@@ -34,8 +44,7 @@ def scale_for_average(
     for parameter, owner in parameters:
         count = counts[owner]
         if count == 0:
-            gradient = parameter.grad
-            if gradient is not None and gradient.any() and torch.isfinite(gradient).all():
+            if strict and parameter.grad is not None and parameter.grad.any():
                 raise RuntimeError(f"a parameter of {owner} has a gradient although no device uses it in this step")
             parameter.grad = None
             continue

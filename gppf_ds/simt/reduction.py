@@ -44,10 +44,11 @@ class LayerwiseReduction:
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[tuple[Tensor, list[Tensor], Any]] = []
         self._next = 0
+        self._strict = True
 
-    def begin(self, counts: Mapping[Owner, int]) -> None:
-        """The next backward pass is the last one of the step; ``counts`` are the usage counts."""
-        self.counts, self._next = counts, 0
+    def begin(self, counts: Mapping[Owner, int], strict: bool) -> None:
+        """The next backward pass is the last one of the step; see :func:`scale_for_average` for the arguments."""
+        self.counts, self._strict, self._next = counts, strict, 0
 
     def backward_reached(self, layer: int) -> None:
         """Backward is done with the heads and with all layers from ``layer`` on."""
@@ -70,7 +71,7 @@ class LayerwiseReduction:
     def _launch(self, end: int) -> None:
         assert self.counts is not None
         for part in self.parts[self._next : end]:
-            gradients = scale_for_average(part, self.counts)
+            gradients = scale_for_average(part, self.counts, strict=self._strict)
             if gradients and dist.get_world_size() > 1:
                 flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
                 self._flying.append((flat, gradients, dist.all_reduce(flat, async_op=True)))

@@ -175,6 +175,8 @@ def set_class_count(model: Any, count: int) -> None:
         # Mask2Former and its kin: one weight per class and a last one for "no object".
         if isinstance(weights, list) and len(set(weights[:-1])) == 1:
             node["class_weight"] = weights[:1] * count + weights[-1:]
+        elif isinstance(weights, list) and len(weights) not in (count, count + 1):
+            raise UserError(f"class_weight has {len(weights)} entries and the data {count} classes: make them agree.")
 
 
 def _class_entries(model: Any) -> list[tuple[Any, str]]:

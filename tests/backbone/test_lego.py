@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
+import weakref
 
 import pytest
 import timm
@@ -292,3 +294,26 @@ def test_evaluation_needs_no_gradient_and_changes_no_buffer():
     with torch.no_grad():
         backbone([Pass(images(1, 3, 64, 64), soft(backbone))], NormPolicy())
     assert all(torch.equal(b, old) for b, old in zip(backbone.buffers(), before, strict=True))
+
+
+def test_watching_backward_keeps_no_graph_in_memory():
+    """Whatever a forward saves for backward is gone when its results are."""
+    backbone = make().train()
+    reached: list[int] = []
+    backbone.after_backward = reached.append
+    boxes: list[weakref.ref] = []
+
+    class Box:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            boxes.append(weakref.ref(self))
+
+    with torch.autograd.graph.saved_tensors_hooks(Box, lambda box: box.tensor):
+        passes = [Pass(images(2, 3, 32, 32, seed=k), soft(backbone, k)) for k in range(2)]
+        features = backbone(passes, NormPolicy())
+        sum(x.square().mean() for maps in features for x in maps).backward()
+    assert reached == list(range(len(backbone.layers) - 1, 0, -1))
+    del features
+    gc.collect()
+    assert boxes
+    assert not any(box() for box in boxes)

@@ -80,6 +80,17 @@ def test_a_resumed_run_is_the_uninterrupted_run(
     assert {step: got[step] for step in (5, 6, 7, 8)} == {step: expected[step] for step in (5, 6, 7, 8)}
 
 
+def test_a_checkpoint_of_another_architecture_is_refused(light_recipe: dict[str, Any], tmp_path: Path) -> None:
+    light_recipe["steps"] = 1
+    assert train(write_recipe(light_recipe, tmp_path), ranks=1).returncode == 0
+    light_recipe["backbone"]["options"]["channels"] = [8, 8, 16, 24]
+    light_recipe["steps"] = 2
+    done = train(write_recipe(light_recipe, tmp_path), ranks=1)
+    assert done.returncode == 2
+    assert "is of another architecture (backbone.layers.4" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
 def test_an_exception_on_one_rank_ends_the_job_with_its_traceback(light_recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(
         "import os\n"
