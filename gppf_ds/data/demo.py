@@ -16,9 +16,10 @@ from gppf_ds.data.demo_scenes import Scene, Sources, draw_crop, draw_scene, load
 from gppf_ds.errors import UserError
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+REGION_NAMES = ("wall", "ground", "digit")
 IGNORE_LABEL = 255
 
-_VERSION = 1
+_VERSION = 2
 _STAMP = "demo.json"
 _CONTENTS = {"classification", "scenes", "README.txt", _STAMP}
 _CROPS, _SCENES = 0, 1  # the streams of random numbers
@@ -35,7 +36,7 @@ classification/SPLIT/DIGIT/*.jpg         one digit per picture, a folder per cla
 scenes/images/SPLIT/*.jpg                1 to 4 digits on the ground before a wall
 scenes/annotations/instances_SPLIT.json  COCO: boxes and masks of the visible part; a mask with holes is stored as
                                          run lengths (RLE), the others as polygons
-scenes/labels/SPLIT/*.png                8 bits, 0 = background, 1 to 10 = zero to nine, 255 = ignore (outlines);
+scenes/labels/SPLIT/*.png                8 bits, 0 = wall, 1 = ground, 2 = digit, 255 = ignore (outlines);
                                          names in scenes/classes.json
 scenes/depth/SPLIT/*.png                 16 bits, millimetres along the optical axis, 0 = not measured;
                                          see scenes/depth.json
@@ -159,7 +160,7 @@ def _write(root: Path, arguments: DemoArguments) -> None:
     scenes = root / "scenes"
     _write_split(root, "train", arguments.train_crops, arguments.train_scenes, arguments)
     _write_split(root, "val", arguments.val_crops, arguments.val_scenes, arguments)
-    _write_json(scenes / "classes.json", ["background", *DIGIT_NAMES])
+    _write_json(scenes / "classes.json", list(REGION_NAMES))
     _write_json(scenes / "depth.json", {"unit": "millimetre", "scale_to_metres": 0.001, "invalid": 0})
     (root / "README.txt").write_text(_README, encoding="utf-8")
     _write_json(root / _STAMP, _stamp(root, arguments))
@@ -204,11 +205,11 @@ def _write_crops(folder: Path, sources: Sources, count: int, size: int, seed: li
 
 
 def _label_map(scene: Scene) -> NDArray[np.uint8]:
-    """0 on the background, digit + 1 on a digit, IGNORE_LABEL on the background pixels that touch one."""
-    labels = np.array([0, *(digit + 1 for digit in scene.classes)], dtype=np.uint8)[scene.instances]
-    ink = np.pad(labels > 0, 1)
+    """Indices into :data:`REGION_NAMES`, and IGNORE_LABEL on the pixels beside a digit that touch it."""
+    ink = np.pad(scene.instances > 0, 1)
     touched = ink[:-2, 1:-1] | ink[2:, 1:-1] | ink[1:-1, :-2] | ink[1:-1, 2:]
-    return np.where(touched & (labels == 0), IGNORE_LABEL, labels).astype(np.uint8)
+    around = np.where(touched, IGNORE_LABEL, scene.ground)
+    return np.where(scene.instances > 0, REGION_NAMES.index("digit"), around).astype(np.uint8)
 
 
 def _coco_annotations(scene: Scene) -> list[dict[str, Any]]:

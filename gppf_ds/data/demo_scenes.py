@@ -72,13 +72,14 @@ class Scene:
 
     ``image``: (S, S, 3) uint8. ``depth``: (S, S) float32 metres along the optical axis, 0 where a sensor would not have
     measured. ``instances``: (S, S) uint8, 0 on the background and k on the visible part of object k = 1, 2, ..., which
-    shows the digit ``classes[k - 1]``.
+    shows the digit ``classes[k - 1]``. ``ground``: (S, S) bool, the ground as it would be without objects.
     """
 
     image: NDArray[np.uint8]
     depth: NDArray[np.float32]
     instances: NDArray[np.uint8]
     classes: list[int]
+    ground: NDArray[np.bool_]
 
 
 def load_sources(split: Literal["train", "val"]) -> Sources:
@@ -113,7 +114,7 @@ def draw_crop(sources: Sources, digit: int, size: int, rng: Generator) -> NDArra
 def draw_scene(sources: Sources, size: int, rng: Generator) -> Scene:
     """A place with 1 to 4 digits, each at least 70 % visible."""
     focal, camera_height, horizon = float(size), rng.uniform(*_CAMERA_HEIGHT), size * rng.uniform(*_HORIZON)
-    image, depth = _draw_place(sources, size, camera_height, horizon, rng)
+    image, depth, ground = _draw_place(sources, size, camera_height, horizon, rng)
     instances = np.zeros((size, size), dtype=np.uint8)
     classes: list[int] = []
     sizes: list[int] = []
@@ -138,7 +139,7 @@ def draw_scene(sources: Sources, size: int, rng: Generator) -> Scene:
         _paint(image[place], cover, distance, rng)
         turned = distance * (1 - rng.uniform(0, 0.04) * np.linspace(0, 1, width))  # one side is a little nearer
         depth[place][ink] = np.broadcast_to(turned, ink.shape)[ink]
-    return Scene(_to_bytes(image), _as_measured(depth, rng), instances, classes)
+    return Scene(_to_bytes(image), _as_measured(depth, rng), instances, classes, ground)
 
 
 def _load_photograph(package: str, name: str) -> Image.Image:
@@ -175,8 +176,8 @@ def _resized_cover(ink: Image.Image, height: int) -> Floats:
 
 def _draw_place(
     sources: Sources, size: int, camera_height: float, horizon: float, rng: Generator
-) -> tuple[Floats, Floats]:
-    """Ground and wall in the haze: the image (size, size, 3), 0 to 1, and its depth (size, size) in metres."""
+) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Ground and wall in the haze: the image (size, size, 3), 0 to 1, its depth in metres and what of it is ground."""
     fine = size * _SUPERSAMPLING
     pixels = (np.arange(fine, dtype=np.float32) + 0.5) / _SUPERSAMPLING
     below = np.maximum(pixels - horizon, 1e-3)[:, None]
@@ -195,7 +196,7 @@ def _draw_place(
     image = np.where((ground < wall)[..., None], texture[along, across], wall_image)
     image = _haze(image, depth[..., None])
 
-    return _block_means(image), _block_means(depth)
+    return _block_means(image), _block_means(depth), _block_means((ground < wall).astype(np.float32)) >= 0.5
 
 
 def _block_means(fine: Floats) -> Floats:

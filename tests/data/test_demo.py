@@ -34,6 +34,8 @@ def _digests(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
+WALL, GROUND, DIGIT = range(3)
+
 
 def _scenes(root: Path):
     """(labels, depth, [(annotation, mask), ...]) of every scene."""
@@ -49,7 +51,7 @@ def _scenes(root: Path):
 
 def test_layout(demo):
     assert (demo / "README.txt").read_text().count("CC BY") >= 3
-    assert json.loads((demo / "scenes/classes.json").read_text()) == ["background", *DIGIT_NAMES]
+    assert json.loads((demo / "scenes/classes.json").read_text()) == ["wall", "ground", "digit"]
     unit = json.loads((demo / "scenes/depth.json").read_text())
     assert unit == {"unit": "millimetre", "scale_to_metres": 0.001, "invalid": 0}
     for split, scenes, crops in (("train", 12, 20), ("val", 6, 10)):
@@ -81,13 +83,15 @@ def test_masks_boxes_and_labels_agree(demo):
             assert 28 <= height <= 70  # 30 to 67 when drawn, and a nearer digit may cover up to 30 %
             assert abs(annotation["area"] - mask.sum()) <= 0.05 * mask.sum()
             # The polygons are rastered again by pycocotools, so single border pixels may differ.
-            assert (labels[mask] == annotation["category_id"]).mean() > 0.95
+            assert (labels[mask] == DIGIT).mean() > 0.95
             assert annotation["iscrowd"] == 0
-            objects[mask] = annotation["category_id"]
-        assert set(np.unique(labels)) - {0, IGNORE_LABEL} == set(np.unique(objects)) - {0}
+            objects[mask] = DIGIT
+        assert set(np.unique(labels)) == {WALL, GROUND, DIGIT, IGNORE_LABEL}
         assert ((labels == IGNORE_LABEL) & (objects == 0)).any()
-        measured = (labels != IGNORE_LABEL).sum()
-        assert (labels != objects)[labels != IGNORE_LABEL].sum() < 0.01 * measured
+        assert ((labels == DIGIT) != (objects == DIGIT))[labels != IGNORE_LABEL].mean() < 0.01
+        rows = np.arange(len(labels))[:, None]
+        assert np.where(labels == WALL, rows, 0).max() < np.where(labels == GROUND, rows, 0).max()
+        assert (labels[0] != GROUND).all(), "the ground reaches the top"
     assert kinds == {list, dict}
 
 
@@ -101,7 +105,7 @@ def test_objects_are_nearer_than_what_they_cover(demo):
             x, y, width, height = (int(v) for v in annotation["bbox"])
             inside = np.zeros_like(mask)
             inside[y : y + height, x : x + width] = True
-            behind = inside & (labels == 0) & valid
+            behind = inside & ((labels == WALL) | (labels == GROUND)) & valid
             own = np.median(depth[mask & valid])
             assert depth[behind].min() >= own * 0.95
             assert np.median(depth[behind]) > own * 1.05
