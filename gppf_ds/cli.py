@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import os
 import sys
 from importlib import import_module
 
 from gppf_ds.errors import UserError
+from gppf_ds.train.faults import first_of_launch
 
 COMMANDS = {
     "train": ("gppf_ds.train.commands:train", "train a recipe; run again, it resumes"),
+    "verify": ("gppf_ds.train.commands:verify", "compare a few steps of a recipe with the single-process reference"),
     "evaluate": ("gppf_ds.train.commands:evaluate", "evaluate a run's last checkpoint on every task"),
     "export": ("gppf_ds.transfer.commands:export", "write each task's path as a plain timm model"),
     "analyze": ("gppf_ds.analysis.commands:analyze", "draw what the controllers learnt"),
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(getattr(import_module(module), function)(rest) or 0)
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if first_of_launch(str(error)):
             print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -125,7 +125,7 @@ class EngineConfig:
     timeout: float = 600.0
     """Seconds after which a collective that some rank never joined ends the job."""
     audit: bool = False
-    """Debug: hash every rank's list of collectives and compare it over the ranks in every step."""
+    """Debug: compare every collective of a step over the ranks before it starts."""
 
     def __post_init__(self) -> None:
         _require(

@@ -53,7 +53,7 @@ def describe(model: nn.Module, sizes: Mapping[str, int]) -> dict[str, str]:
     """
     samples = {f"training samples of tasks.{name}:": str(size) for name, size in sizes.items()}
     parameters = {
-        f"the parameter {name}": f"of shape {tuple(p.shape)}, {str(p.dtype).removeprefix('torch.')}"
+        f"parameter {name}": f"of shape {tuple(p.shape)}, {str(p.dtype).removeprefix('torch.')}"
         for name, p in model.named_parameters()
     }
     return samples | parameters

@@ -1,15 +1,15 @@
-"""The audit: every rank's list of collectives in a step, compared over the ranks (engine.audit).
+"""The audit: every collective of a step, compared over the ranks before it starts (engine.audit).
 
-The lists are compared through the job's key-value store and not by a collective, so that ranks whose collectives no
-longer match can still tell each other.
+The ranks keep one list of the step's collectives, and its end, in the job's key-value store. The first rank to come to
+an entry writes it; a rank that comes with something else stops there, in one sentence. So a difference shows where it
+arises, and not as a hang or as mixed-up numbers later: nothing is ever waited for.
 """
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -37,108 +37,53 @@ OPERATIONS = (
 )
 """Methods of a process group. Whoever starts a collective from Python, torch.distributed or DeepSpeed, ends in one."""
 
-GRACE = timedelta(seconds=10)
-"""How long a rank whose step has failed waits for the lists of the others."""
+END = "the end of the step"
 
-Describe = Callable[[str], None]
+_numbers = itertools.count()
 
 
 class Audit:
-    """Of one rank.
+    """Of one rank; all ranks make theirs in the same order."""
 
-    Args:
-        timeout: seconds after which a rank that does not end a step is taken to be stuck in it.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self.timeout = timedelta(seconds=timeout)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+    def __init__(self) -> None:
         assert dist.group.WORLD is not None
-        self.store = dist.group.WORLD.get_group_store()
+        self.store = dist.PrefixStore(f"gppf_ds/audit/{next(_numbers)}", dist.group.WORLD.get_group_store())
+        self.rank = dist.get_rank()
+        self._keys: list[str] = []
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """Records what happens inside and compares it; a collective call.
+        """Compares what is called inside.
 
         Raises:
-            UserError: on every rank, with the step, the ranks and the first collective that differs. If the step
-                itself failed for another reason, its own error.
+            UserError: with the step, the ranks and the first collective that differs, on the rank that comes to it
+                second.
         """
-        lines: list[str] = []
+        past, self._keys = self._keys, []
+        with _observed(lambda line: self._compare(step, line)):
+            yield
+        self._compare(step, END)
+        if self.rank == 0:
+            # All ranks have met in a collective of this step, so that nobody looks at the one before any more.
+            for key in past:
+                self.store.delete_key(key)
 
-        def note(line: str) -> None:
-            # Published before it starts: a collective that never returns is the one to know of.
-            self.store.append(self._key(step, self.rank), line + "\n")
-            lines.append(line)
-
-        patience = self.timeout
-        try:
-            with _recorded(note):
-                yield
-        except Exception as error:
-            patience = GRACE
-            self._compare(step, lines, patience, error)
-            raise
-        self._compare(step, lines, patience, None)
-
-    def _compare(self, step: int, lines: list[str], patience: timedelta, cause: Exception | None) -> None:
-        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-        end = f"{digest} {'failed' if cause else 'done'}"
-        self.store.set(self._key(step, self.rank) + "/end", end)
-        ends = [self._end(step, rank, patience) for rank in range(self.world_size)]
-        if any(other is None or other.split()[0] != digest for other in ends):
-            difference = first_difference([self._lines(step, rank) for rank in range(self.world_size)], ends)
-            if difference is not None:
-                raise UserError(
-                    f"audit of step {step}: {difference}. All ranks must call the same collectives in the same order: "
-                    "a task must not call torch.distributed on its own."
-                ) from cause
-        if step > 0:  # everybody has ended this step, so nobody looks at the one before any more
-            self.store.delete_key(self._key(step - 1, self.rank))
-            self.store.delete_key(self._key(step - 1, self.rank) + "/end")
-
-    def _end(self, step: int, rank: int, patience: timedelta) -> str | None:
-        """How a rank ended the step; None if it has not."""
-        try:
-            self.store.wait([self._key(step, rank) + "/end"], patience)
-        except (RuntimeError, ValueError):
-            return None
-        return bytes(self.store.get(self._key(step, rank) + "/end")).decode()
-
-    def _lines(self, step: int, rank: int) -> list[str]:
-        key = self._key(step, rank)
-        return bytes(self.store.get(key)).decode().splitlines() if self.store.check([key]) else []
-
-    @staticmethod
-    def _key(step: int, rank: int) -> str:
-        return f"gppf_ds/audit/{step}/{rank}"
-
-
-def first_difference(lists: list[list[str]], ends: list[str | None]) -> str | None:
-    """The first collective in which a rank differs from rank 0, in words; None where no rank does.
-
-    Args:
-        lists: of every rank.
-        ends: how every rank ended the step; None where it has not.
-    """
-    for number in range(max(map(len, lists))):
-        lines = [own[number] if number < len(own) else None for own in lists]
-        for rank, line in enumerate(lines):
-            if line != lines[0]:
-                first, other = (_say(r, lines[r], ends[r]) for r in (0, rank))
-                return f"collective {number + 1} is {other}, but {first}"
-    return None
-
-
-def _say(rank: int, line: str | None, end: str | None) -> str:
-    if line is not None:
-        return f"{line} on rank {rank}"
-    return f"missing on rank {rank}" + ("" if end else ", which is still waiting for the one before")
+    def _compare(self, step: int, line: str) -> None:
+        key = f"{step}/{len(self._keys)}"
+        self._keys.append(key)
+        entry = bytes(self.store.compare_set(key, "", f"{self.rank} {line}")).decode()
+        rank, _, written = entry.partition(" ")
+        if written != line:
+            raise UserError(
+                f"audit of step {step}: its collective {len(self._keys)} is {line} on rank {self.rank} and {written} "
+                f"on rank {rank}. All ranks must call the same collectives in the same order: a task must not call "
+                "torch.distributed on its own."
+            )
 
 
 @contextmanager
-def _recorded(note: Describe) -> Iterator[None]:
-    """Tells ``note`` about every collective that this process starts inside."""
+def _observed(note: Callable[[str], None]) -> Iterator[None]:
+    """Calls ``note`` with a description of every collective that this process is about to start inside."""
     originals = {name: getattr(dist.ProcessGroup, name) for name in OPERATIONS}
     try:
         for name, original in originals.items():
@@ -149,7 +94,7 @@ def _recorded(note: Describe) -> Iterator[None]:
             setattr(dist.ProcessGroup, name, original)
 
 
-def _noting(name: str, original: Callable[..., Any], note: Describe) -> Callable[..., Any]:
+def _noting(name: str, original: Callable[..., Any], note: Callable[[str], None]) -> Callable[..., Any]:
     def call(group: dist.ProcessGroup, *args: Any, **kwargs: Any) -> Any:
         tensors = list(_tensors([*args, *kwargs.values()]))
         numbers = "+".join(str(tensor.numel()) for tensor in tensors) or "nothing"

@@ -8,7 +8,7 @@ import math
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import LegoLayer
 from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
+from gppf_ds.simt.audit import Audit
 from gppf_ds.simt.averaging import scale_for_average
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
@@ -139,6 +140,7 @@ class SimtEngine:
             partitions = _partitions_of_stage_3 if self.stage == 3 else _partitions_of_stages_1_and_2
             self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine))
         self.reduction = self._take_over_reduction() if self.stage < 3 else None
+        self.audit = Audit() if config.engine.audit else None
 
     def _take_over_reduction(self) -> LayerwiseReduction:
         """Stages 0 to 2: gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
@@ -178,7 +180,14 @@ class SimtEngine:
             step: its number.
             tasks: the task of every device of all ranks, in device order.
             groups: this rank's jobs, in the order of :meth:`devices`.
+
+        Raises:
+            UserError: engine.audit found that the ranks' collectives differ.
         """
+        with self.audit.step(step) if self.audit else nullcontext():
+            return self._step(step, tasks, groups)
+
+    def _step(self, step: int, tasks: Sequence[str], groups: Sequence[Sequence[Job]]) -> StepReport:
         self._set_learning_rate(learning_rate(step, self.config))
         self.engine.train()
         paths = self._paths(tasks, step)
@@ -199,12 +208,12 @@ class SimtEngine:
                 if number == len(groups):
                     counts = usage_counts(set(self.owners.values()), tasks, paths, valid)
                     if self.reduction is not None:
-                        self.reduction.begin(counts)
+                        self.reduction.begin(counts, strict=bool(valid.all()))
                 self.engine.backward(loss, scale_wrt_gas=False)
             if self.reduction is not None:
                 self.reduction.finish()
             else:
-                scale_for_average(self.parameters, counts, float(self.world_size))
+                scale_for_average(self.parameters, counts, float(self.world_size), strict=bool(valid.all()))
             skipped = self._reason_to_skip(valid)
             if skipped is not None:
                 counts = dict.fromkeys(counts, 0)

@@ -62,19 +62,23 @@ class Reference:
         self.controller.zero_grad()
         routes = [self._route(task, step, device) for device, task in enumerate(tasks)]
         terms: list[dict[str, float]] = []
+        valid: list[bool] = []
         span = len(tasks) // self.config.engine.accumulation
         for start in range(0, len(tasks), span):  # devices of one accumulation group share batch statistics
-            terms += self._backward(step, range(start, start + span), tasks, batches, routes)
+            for named, finite in self._backward(step, range(start, start + span), tasks, batches, routes):
+                terms.append(named)
+                valid.append(finite)
 
+        contributing = [(task, route.path) for task, route, finite in zip(tasks, routes, valid, strict=True) if finite]
         users = {
-            name: sum(uses(name, task, route.path) for task, route in zip(tasks, routes, strict=True))
+            name: sum(uses(name, task, path) for task, path in contributing)
             for name, _ in self.model.named_parameters()
         }
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in trained:
             parameter.grad = _task_average(parameter, users[name])
         for task, row in self.controller.logits.items():
-            row.grad = _task_average(row, list(tasks).count(task))
+            row.grad = _task_average(row, [name for name, _ in contributing].count(task))
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grad_norm_([p for _, p in trained], self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
@@ -85,22 +89,30 @@ class Reference:
 
     def _backward(
         self, step: int, devices: range, tasks: Sequence[str], batches: Sequence[Batch], routes: Sequence[Route]
-    ) -> list[dict[str, float]]:
-        """Adds the gradients of these devices' weighted losses, and returns their loss terms."""
+    ) -> list[tuple[dict[str, float], bool]]:
+        """Adds the gradients of these devices' weighted losses, and returns their loss terms and which are finite.
+
+        A device whose loss is not finite takes part in batch statistics and in nothing else.
+        """
         seed, backbone = self.config.seed, self.config.backbone
         rule = partial(batch_norm, weighting=backbone.norm_weighting, synchronise=backbone.norm_sync == "cross_task")
         passes = [Pass(batches[d].images, routes[d], (seed, step, d)) for d in devices]
-        losses, terms = [], []
+        losses, outcomes = [], []
         with torch.autocast(passes[0].images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = self.model.backbone(passes, rule)
             for device, maps in zip(devices, features, strict=True):
                 seed_global_generators(seed, FORWARD, step, device, HEAD_STREAM)
                 named = self.model.heads.bank[tasks[device]].loss(maps, batches[device].targets)  # type: ignore[operator]
                 loss = torch.stack([term.float() for term in named.values()]).sum()
-                losses.append(loss * self.model.heads.loss_weights[tasks[device]])
-                terms.append({name: float(term.detach()) for name, term in named.items()})
-        torch.stack(losses).sum().backward()
-        return terms
+                finite = bool(torch.isfinite(loss))
+                if finite:
+                    losses.append(loss * self.model.heads.loss_weights[tasks[device]])
+                else:
+                    routes[device].weights.register_hook(torch.zeros_like)
+                outcomes.append(({name: float(term.detach()) for name, term in named.items()}, finite))
+        if losses:
+            torch.stack(losses).sum().backward()
+        return outcomes
 
     def _route(self, task: str, step: int, device: int) -> Route:
         noise = self.controller.noise(self.config.seed, step, device)

@@ -16,22 +16,61 @@ def train(arguments: list[str]) -> int:
     # torch and DeepSpeed are imported only for a recipe that can run.
     import torch.distributed as dist
 
+    from gppf_ds.simt.agreement import agree
     from gppf_ds.simt.engine import start_distributed
-    from gppf_ds.train.record import write_record
+    from gppf_ds.train.record import fingerprint, write_record
     from gppf_ds.train.trainer import Trainer
 
     config = run.config
     folder = Path(config.output)
     try:
         device = start_distributed(config.engine.timeout)
+        agree(fingerprint(run.text))
         if dist.get_rank() == 0:
             faults.forget(folder)
+        trainer = Trainer(config, run.tasks, device)
+        # Not before the trainer has accepted the folder: another recipe's run must keep its record.
+        if dist.get_rank() == 0:
             write_record(folder, run.text, config.seed)
-        Trainer(config, run.tasks, device).fit()
+        trainer.fit()
     except BaseException as error:
         faults.fail(error, folder)
     dist.destroy_process_group()
     return 0
+
+
+def verify(arguments: list[str]) -> int:
+    """Compares a recipe's first steps with the single-process reference and prints a table; 1 where they differ.
+
+    Nothing is written. Rank 0 also computes the devices of all ranks at once: where its memory is too small for that,
+    lower the tasks' batch_size on the command line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="gppf-ds verify", description=verify.__doc__, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
+    )
+    parser.add_argument("--verify_steps", type=int, default=3, help="steps to compare (default: 3)")
+    parser.add_argument("--tolerance", type=float, help="of the relative errors (default: 1e-5; bf16: 0.1)")
+    options, rest = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(rest):
+        parser.print_help()
+    run = recipe.read(rest, "gppf-ds verify")
+    recipe.check(run)
+
+    import torch.distributed as dist
+
+    from gppf_ds.simt.agreement import agree
+    from gppf_ds.simt.engine import start_distributed
+    from gppf_ds.train.record import fingerprint
+    from gppf_ds.train.verify import verify as compare
+
+    try:
+        device = start_distributed(run.config.engine.timeout)
+        agree(fingerprint(run.text) | {key: str(value) for key, value in vars(options).items()})
+        same = compare(run, device, options.verify_steps, options.tolerance)
+    except BaseException as error:
+        faults.fail(error)
+    dist.destroy_process_group()
+    return 0 if same else 1
 
 
 def evaluate(arguments: list[str]) -> int:

@@ -34,9 +34,7 @@ class Feed:
         self.readers = {name: TaskReader(task.dataset("train"), task.collate) for name, task in tasks.items()}
         self.sizes = {name: len(reader.dataset) for name, reader in self.readers.items()}
         self.schedule = Schedule.from_weights({n: t.weight for n, t in tasks.items()}, config.schedule, config.seed)
-        self.sampler = Sampler(
-            self.schedule, list(self.sizes.values()), [task.batch_size for task in tasks.values()]
-        )
+        self.sampler = Sampler(self.schedule, list(self.sizes.values()), [task.batch_size for task in tasks.values()])
 
     def tasks(self, step: int, num_devices: int) -> list[str]:
         """The task of every device."""

@@ -8,11 +8,17 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 import gppf_ds
 
+_OF_A_MACHINE = ("metrics_address", "metrics_port")
+"""Keys of a recipe that may differ from machine to machine."""
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "onedl-mmdetection", "onedl-mmsegmentation", "numpy")
 
 
@@ -25,6 +31,25 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def fingerprint(config: str) -> dict[str, str]:
+    """What has to be the same on every rank before a model is there: versions, and every key of the recipe.
+
+    Args:
+        config: the resolved recipe as YAML.
+    """
+    facts = {package.replace("_", "-"): version for package, version in versions().items()}
+    recipe = dict(_flatten("", yaml.safe_load(config)))
+    return {"gppf-ds": gppf_ds.__version__, **facts, **{k: v for k, v in recipe.items() if k not in _OF_A_MACHINE}}
+
+
+def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
+    if not isinstance(value, dict):
+        yield prefix, json.dumps(value)
+        return
+    for key, inner in value.items():
+        yield from _flatten(f"{prefix}.{key}".lstrip("."), inner)
 
 
 def write_record(folder: Path, config: str, seed: int) -> None:

@@ -60,7 +60,8 @@ class Trainer:
             step, started = self.state.step, time.monotonic()
             tasks = self.feed.tasks(step, self.engine.num_devices)
             groups = [[self._next(batches) for _ in group] for group in self.engine.devices()]
-            report = self.engine.step(step, tasks, [[self.feed.job(batch, self.engine) for batch in group] for group in groups])
+            jobs = [[self.feed.job(batch, self.engine) for batch in group] for group in groups]
+            report = self.engine.step(step, tasks, jobs)
             self._advance(tasks)
             loaded = [batch for group in groups for batch in group]
             self.observer.step(step, tasks, loaded, report, time.monotonic() - started)

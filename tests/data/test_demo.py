@@ -34,6 +34,7 @@ def _digests(root: Path) -> dict[str, str]:
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
+
 WALL, GROUND, DIGIT = range(3)
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,10 +32,22 @@ def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 24
     Raises:
         AssertionError: a rank failed or took longer than ``timeout`` seconds; the message holds all outputs.
     """
-    port = str(free_port())
+    codes, outputs = end_ranks([["-m", module, *arguments]] * world_size, timeout)
+    report = "\n".join(f"--- rank {rank}: exit code {codes[rank]}\n{text}" for rank, text in enumerate(outputs))
+    assert codes == [0] * world_size, report
+    return outputs
+
+
+def end_ranks(commands: Sequence[Sequence[str]], timeout: float = 240.0, **extra: str) -> tuple[list[int], list[str]]:
+    """Runs Python with one command line for each rank, and returns the exit codes and the outputs.
+
+    Raises:
+        AssertionError: a rank took longer than ``timeout`` seconds; the message holds all outputs.
+    """
+    port, world_size = str(free_port()), len(commands)
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [sys.executable, *command],
             env=environment(
                 RANK=str(rank),
                 LOCAL_RANK=str(rank),
@@ -42,12 +55,13 @@ def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 24
                 LOCAL_SIZE=str(world_size),
                 MASTER_ADDR="127.0.0.1",
                 MASTER_PORT=port,
+                **extra,
             ),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(world_size)
+        for rank, command in enumerate(commands)
     ]
     deadline = time.monotonic() + timeout
     outputs, timed_out = [], False
@@ -58,8 +72,5 @@ def run_ranks(module: str, world_size: int, *arguments: str, timeout: float = 24
             process.kill()
             outputs.append(process.communicate()[0])
             timed_out = True
-    codes = [process.returncode for process in ranks]
-    report = "\n".join(f"--- rank {rank}: exit code {codes[rank]}\n{text}" for rank, text in enumerate(outputs))
-    assert not timed_out, f"timed out after {timeout} s\n{report}"
-    assert codes == [0] * world_size, report
-    return outputs
+    assert not timed_out, f"timed out after {timeout} s\n" + "\n--- next rank\n".join(outputs)
+    return [process.returncode for process in ranks], outputs

@@ -1,0 +1,84 @@
+"""The benchmarks run, hand over what their README says, and see the difference that they are there to show."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed.ranks import ROOT, environment
+
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def results(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """The json of a benchmark, run with 2 ranks; its table went to stdout."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--ranks", "2", "--results", str(folder), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert found["backend"] == "gloo"
+    assert found["settings"]["ranks"] == 2
+    assert set(found["versions"]) == {"torch", "deepspeed", "timm"}
+    return found["result"]
+
+
+def test_exactness_tells_the_task_average_from_the_world_average(tmp_path: Path) -> None:
+    ours, ddp = "ours, ZeRO-2", "DDP, find_unused_parameters=True"
+    found = results("exactness", tmp_path, "--drift-steps", "2", "--arms", ours, ddp)
+    assert list(found) == [ours, ddp]
+    for group in ("trunk", "A", "B"):
+        assert found[ours][group]["ratio"] == pytest.approx(1, abs=1e-5)
+        assert found[ours][group]["error"] < 1e-5
+    for key in ("idle", "drift_a", "drift_c"):
+        assert found[ours][key] == 0
+    assert found[ddp]["trunk"]["ratio"] == pytest.approx(1, abs=1e-5)
+    for group in ("A", "B"):  # one user among two ranks
+        assert found[ddp][group]["ratio"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_step_overhead_measures_both_arms_of_every_comparison(tmp_path: Path) -> None:
+    small = ["--warmup", "0", "--batch-size", "2", "--image-size", "64"]
+    found = results("step_overhead", tmp_path, "--steps", "1", *small)
+    assert list(found["comparisons"]) == [
+        "mixed tasks, DDP",
+        "one task, DeepSpeed ZeRO-0",
+        "one task, DeepSpeed ZeRO-1",
+    ]
+    for comparison in found["comparisons"].values():
+        ours, theirs = comparison["ours"], comparison["theirs"]
+        assert comparison["ratio"]["median"] == pytest.approx(ours["seconds"]["median"] / theirs["seconds"]["median"])
+        for arm in (ours, theirs):
+            assert 0 < arm["seconds"]["min"] <= arm["seconds"]["median"] <= arm["seconds"]["max"]
+            assert arm["memory"] > 2**20
+
+
+@pytest.mark.parametrize(
+    ("script", "verdict", "reason"),
+    [
+        (
+            "import os, time\nif os.environ['RANK'] == '1':\n    raise OSError('no room')\ntime.sleep(600)",
+            "aborts",
+            "no room",
+        ),
+        ("import time\ntime.sleep(600)", "hangs", ""),
+        ("import harness\nharness.hand_over([1.5])", "ends", ""),
+    ],
+    ids=["aborts", "hangs", "ends"],
+)
+def test_how_a_group_of_ranks_ended_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, verdict: str, reason: str
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    harness = importlib.import_module("harness")
+    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS))
+    path = tmp_path / "rank.py"
+    path.write_text(script)
+    outcome = harness.run_ranks(path, "", 2, limit=2.0 if verdict == "hangs" else 60.0)
+    assert outcome.verdict == verdict
+    assert reason in outcome.reason
+    assert outcome.result == ([1.5] if verdict == "ends" else None)
