@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.audit import Audit
 from gppf_ds.simt.averaging import scale_for_average
+from gppf_ds.simt.buffers import average_head_buffers
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
@@ -141,6 +143,7 @@ class SimtEngine:
             self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine))
         self.reduction = self._take_over_reduction() if self.stage < 3 else None
         self.audit = Audit() if config.engine.audit else None
+        self._head_batches: Counter[str] = Counter()
 
     def _take_over_reduction(self) -> LayerwiseReduction:
         """Stages 0 to 2: gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
@@ -200,6 +203,7 @@ class SimtEngine:
                         job.passing.images.requires_grad_()
                 loss, outcomes = self.engine(jobs, self._loss_scale())
                 losses.extend(outcomes)
+                self._head_batches.update(job.task for job in jobs)
                 valid &= self._finite_devices(jobs, outcomes, len(tasks))
                 for job in jobs:
                     if not valid[job.device]:
@@ -236,6 +240,11 @@ class SimtEngine:
             skipped = "loss_scale_overflow"
         self._controller_step(tasks, valid, scale, skipped is not None)
         return skipped
+
+    def average_head_buffers(self) -> None:
+        """One answer for the heads' running statistics, before evaluating and saving; a collective call."""
+        average_head_buffers(self.model.heads.bank, self._head_batches)
+        self._head_batches.clear()
 
     def fragments(self) -> list[Fragment]:
         """Every parameter part that this rank owns, with its optimizer state; together the ranks own each part once."""

@@ -107,6 +107,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         engine = self.engine
+        engine.average_head_buffers()
         results = evaluate(self._whole_model(), engine.controller, self.tasks, self.device, self.config.loader)
         self.observer.evaluation(self.state.step, results)
 
@@ -121,6 +122,7 @@ class Trainer:
         return model.to(self.device)
 
     def _save(self) -> None:
+        self.engine.average_head_buffers()
         shared = shared_tensors(self.engine.model, self.engine.controller, self.engine.controller_optimizer)
         checkpoint.save(self.checkpoints, self.state, self.engine.fragments(), shared, self.config.checkpoint.keep)
         self.observer.saved()
