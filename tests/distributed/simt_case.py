@@ -180,7 +180,7 @@ def configuration(case: dict) -> RunConfig:
         ),
         # In hard mode a unit followed by convolution and batch norm alone has no gradient with respect to its factor
         # but rounding noise, which Adam would blow up to full steps: there the rows stand still.
-        controller=ControllerConfig(learning_rate=0.05 if routing == "soft" else 0.0),
+        controller=ControllerConfig(learning_rate=0.01 if routing == "soft" else 0.0),
         optimizer=OptimizerConfig(
             name=case.get("optimizer", "sgd"),
             learning_rate=case.get("learning_rate", 0.02),

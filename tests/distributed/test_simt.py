@@ -84,4 +84,5 @@ def test_the_whole_matrix(stage: int, optimizer: str) -> None:
         }
         for routing, accumulation, devices, clip in itertools.product(["soft", "hard"], [1, 2], [1, 2], [0.0, 0.5])
     ]
-    check(2, cases, timeout=1800)
+    # Adam divides a gradient by its own size, and so magnifies rounding: the same few 1e-6 at every stage.
+    check(2, cases, tolerance=TOLERANCE if optimizer == "sgd" else 5e-6, timeout=1800)
