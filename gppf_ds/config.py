@@ -25,8 +25,16 @@ class BackboneConfig:
     """timm model whose blocks become the units."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for timm.create_model, for example {layers: [1, 1, 1, 1], channels: [16, 32, 64, 128]}."""
-    units: int = 2
-    """Candidate units N in every lego layer (GPPF section 3.2)."""
+    units: int | list[int] = 2
+    """Candidate units N in every lego layer (GPPF section 3.2), or a list with one number per layer."""
+    unit_blocks: list[Literal["plain", "deformable", "pad_first"]] = field(default_factory=list)
+    """Block class of unit 0, 1, ..., over and over; plain where empty. deformable (ResNets): modulated deformable 3x3
+    convolutions from Res3 on, as mmdet's dcn has them. pad_first (Swin): pads maps before it shifts the windows, as
+    mmdet and mmseg do; timm, and so plain, shifts first."""
+    pretrained: str | None = None
+    """Start from these weights: a timm, torchvision, mmdet or mmseg checkpoint file, or timm for timm's own loader."""
+    pretrained_noise: float = 0.01
+    """Relative noise on the copies of pretrained weights, so that units can part ways; the first unit has none."""
     routing: Literal["soft", "hard"] = "soft"
     """soft mixes all units of a layer; hard runs the chosen one (straight-through)."""
     checkpoint: bool = False
@@ -37,7 +45,15 @@ class BackboneConfig:
     """What counts once in cross-task batch statistics: an element of the map, a device, or an image."""
 
     def __post_init__(self) -> None:
-        _require(self.units >= 1, f"backbone.units must be at least 1, not {self.units}.")
+        counts = [self.units] if isinstance(self.units, int) else self.units
+        _require(bool(counts) and min(counts) >= 1, f"backbone.units must be at least 1, not {self.units}.")
+        _require(
+            len(self.unit_blocks) <= max(counts),
+            f"backbone.unit_blocks names {len(self.unit_blocks)} units, but backbone.units is {self.units}.",
+        )
+        _require(
+            self.pretrained_noise >= 0, f"backbone.pretrained_noise must not be negative: {self.pretrained_noise}."
+        )
 
 
 @dataclass(kw_only=True)
@@ -50,6 +66,9 @@ class ControllerConfig:
     temperature_end: float = 0.01
     decay_share: float = 0.9
     """Share of all steps over which the temperature falls linearly from start to end."""
+    sparse: bool = False
+    """Once the temperature has settled, freeze the controllers and drop the units that no task's path uses: the rest of
+    the training costs what a static network costs."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate >= 0, f"controller.learning_rate must not be negative: {self.learning_rate}.")
@@ -59,6 +78,10 @@ class ControllerConfig:
             f"(got {self.temperature_start} -> {self.temperature_end}).",
         )
         _require(0 < self.decay_share <= 1, f"controller.decay_share must lie in (0, 1], not {self.decay_share}.")
+        _require(
+            not self.sparse or self.decay_share < 1,
+            "controller.sparse needs steps after the temperature has settled: set controller.decay_share below 1.",
+        )
 
 
 @dataclass(kw_only=True)
@@ -88,7 +111,7 @@ class OptimizerConfig:
     warmup_steps: int = 0
     weight_decay: float = 5e-4
     norm_decay: bool = False
-    """Decay norms and biases too."""
+    """Decay norms, biases, position embeddings and tokens too."""
     momentum: float = 0.9
     """SGD momentum."""
     betas: tuple[float, float] = (0.9, 0.999)

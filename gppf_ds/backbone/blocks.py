@@ -1,14 +1,19 @@
-"""What a family of backbones says about each of its blocks, so that lego layers can be made of them."""
+"""What a family of backbones says about itself and each of its blocks, so that lego layers can be made of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
 
 def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _already_map(x: Tensor, image_size: tuple[int, int]) -> Tensor:
     return x
 
 
@@ -18,8 +23,9 @@ class Tap:
 
     channels: int
     stride: int
-    as_map: Callable[[Tensor], Tensor] = _same
-    """To (B, C, H, W), where the family computes in another layout."""
+    as_map: Callable[[Tensor, tuple[int, int]], Tensor] = _already_map
+    """(what the layer returned, (height, width) of the images) -> (B, C, H, W), where the family computes in another
+    layout."""
 
 
 @dataclass
@@ -28,9 +34,26 @@ class Block:
 
     name: str
     """As the paper calls it: Stem, Res2.0, ..."""
-    prefix: str
-    """Of the block's parameters in timm's model, with the final dot; empty where they stand at the top level."""
+    names: Mapping[str, str]
+    """Beginnings of the unit's own parameter names -> those of timm's model; the longest that fits is used."""
     module: nn.Module
     tap: Tap | None = None
     before: Callable[[Tensor], Tensor] = _same
     """A step without parameters between the previous layer and this one (max-pooling after the stem)."""
+
+    def timm_name(self, own: str) -> str:
+        """The name in timm's model of a parameter or buffer of :attr:`module`."""
+        start = max((start for start in self.names if own.startswith(start)), key=len)
+        return self.names[start] + own.removeprefix(start)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The timm models that come apart in the same way."""
+
+    split: Callable[[Any], list[Block]]
+    """The blocks of a model, first to last; together they own all of its parameters."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Keyword arguments for ``timm.create_model`` that make the model take images of any size."""
+    variants: Mapping[str, Callable[[Block], Block]] = field(default_factory=dict)
+    """Other classes of blocks that may stand beside the plain one in a layer (``backbone.unit_blocks``)."""

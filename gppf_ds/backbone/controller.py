@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,11 @@ def temperature(step: int, steps: int, config: ControllerConfig) -> float:
     """Gumbel-softmax temperature: falls linearly over the first ``decay_share`` of the steps (GPPF D.1)."""
     share = min(step / (config.decay_share * steps), 1.0)
     return config.temperature_start + (config.temperature_end - config.temperature_start) * share
+
+
+def settled_step(steps: int, config: ControllerConfig) -> int:
+    """The first step at which the temperature no longer falls."""
+    return math.ceil(config.decay_share * steps)
 
 
 @dataclass
@@ -45,6 +51,8 @@ class Controller(nn.Module):
             mask[layer, :count] = 0
         self.register_buffer("mask", mask, persistent=False)
         self.logits = nn.ParameterDict({task: torch.zeros(mask.shape) for task in tasks})
+        self.frozen = False
+        """In the sparse phase every device takes its task's path, and the logits stay as they are."""
 
     def probabilities(self, task: str) -> Tensor:
         """(layers, max units), each row summing to 1."""
@@ -54,6 +62,15 @@ class Controller(nn.Module):
     def path(self, task: str) -> tuple[int, ...]:
         """The most likely unit of every layer: the route at evaluation and in extraction."""
         return tuple(self.probabilities(task).argmax(-1).tolist())
+
+    def units_on_paths(self) -> list[list[int]]:
+        """For every layer the units that some task's path uses."""
+        paths = [self.path(task) for task in self.logits]
+        return [sorted(set(chosen)) for chosen in zip(*paths, strict=True)]
+
+    def fixed_route(self, task: str) -> Route:
+        """The route along the task's path."""
+        return Route(torch.ones_like(self.mask), self.path(task))
 
     def noise(self, seed: int, step: int, device: int) -> Tensor:
         """Gumbel(0, 1) noise, (layers, max units): a function of (seed, step, device)."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gppf_ds.backbone import resnet
-from gppf_ds.backbone.blocks import Block
+from gppf_ds.backbone import convnext, resnet, swin, vit
+from gppf_ds.backbone.blocks import Block, Family
 from gppf_ds.backbone.controller import Route
 from gppf_ds.backbone.lockstep import Lane, Lockstep
 from gppf_ds.backbone.norm import BatchNormRule
@@ -20,8 +22,15 @@ from gppf_ds.config import BackboneConfig
 from gppf_ds.errors import UserError
 from gppf_ds.seeding import FORWARD, INIT, seed_global_generators
 
-SPLIT: dict[str, Callable[[nn.Module], list[Block]]] = {"ResNet": resnet.split}
-"""How a family of timm models comes apart into blocks, by the class of the model."""
+FAMILIES: dict[str, Family] = {
+    "resnet": resnet.FAMILY,
+    "swin_transformer": swin.FAMILY,
+    "swin_transformer_v2": swin.FAMILY,
+    "convnext": convnext.FAMILY,
+    "vision_transformer": vit.FAMILY,
+    "deit": vit.FAMILY,
+}
+"""How timm models come apart into blocks, by timm's module that defines them."""
 
 
 @dataclass
@@ -36,18 +45,27 @@ class Pass:
 
 
 class LegoLayer(nn.Module):
-    """One layer of the backbone and its candidate units."""
+    """One layer of the backbone and its candidate units.
 
-    def __init__(self, blocks: Sequence[Block], index: int) -> None:
+    Args:
+        blocks: the block of every unit that the layer holds; a layer that dropped units has gaps in the numbers.
+        index: of the layer.
+    """
+
+    def __init__(self, blocks: Mapping[int, Block], index: int) -> None:
         super().__init__()
-        first = blocks[0]
+        first = next(iter(blocks.values()))
         self.index = index
         self.name = first.name
-        self.prefix = first.prefix
+        self.timm_name = first.timm_name
         self.tap = first.tap
         self.before = first.before
-        self.units = nn.ModuleList(block.module for block in blocks)
-        self.lockstep = Lockstep(first.module)
+        self.units = nn.ModuleDict({str(unit): block.module for unit, block in blocks.items()})
+        self.slots = {unit: slot for slot, unit in enumerate(blocks)}
+        try:
+            self.lockstep = Lockstep(list(self.units.values()))
+        except ValueError as error:
+            raise UserError(f"layer {self.name}: {error}. Choose other backbone.unit_blocks.") from error
 
     def forward(self, passes: Sequence[Pass], batch_norm: BatchNormRule, *xs: Tensor) -> tuple[Tensor, ...]:
         """y = sum_k u[k] * M_k(x) for every device (equation 1); one unit for a hard route.
@@ -60,22 +78,23 @@ class LegoLayer(nn.Module):
             xs: the devices' maps.
         """
         lanes: list[Lane] = []
-        owners: list[int] = []
+        owners: list[tuple[int, int]] = []
         for device, (x, one) in enumerate(zip(xs, passes, strict=True)):
             x = self.before(x)
-            for unit in range(len(self.units)) if one.route.path is None else [one.route.path[self.index]]:
-                lanes.append((unit, x))
-                owners.append(device)
+            for unit in self.slots if one.route.path is None else [one.route.path[self.index]]:
+                lanes.append((self.slots[unit], x))
+                owners.append((device, unit))
 
         def reseed(lane: int, position: int) -> None:
-            seed, step, device = passes[owners[lane]].key
-            seed_global_generators(seed, FORWARD, step, device, self.index, lanes[lane][0], position)
+            device, unit = owners[lane]
+            seed, step, device = passes[device].key
+            seed_global_generators(seed, FORWARD, step, device, self.index, unit, position)
 
-        outputs = self.lockstep(list(self.units), lanes, batch_norm, reseed)
+        outputs = self.lockstep(list(self.units.values()), lanes, batch_norm, reseed)
         mixed: list[Tensor | None] = [None] * len(passes)
-        for device, (unit, _), y in zip(owners, lanes, outputs, strict=True):
+        for (device, unit), y in zip(owners, outputs, strict=True):
             route = passes[device].route
-            if route.path is None or torch.is_grad_enabled():
+            if route.path is None or route.weights.requires_grad:
                 y = y * route.weights[self.index, unit].to(y.dtype)
             previous = mixed[device]
             mixed[device] = y if previous is None else previous + y
@@ -88,36 +107,66 @@ class LegoBackbone(nn.Module):
     Args:
         config: the timm model, its options and the number of units.
         seed: of the run; unit k of every layer comes from the k-th independently initialised model.
+        kept: the units that every layer still holds (the sparse phase drops the others); all of them by default.
 
     Attributes:
         layers: the lego layers, first to last.
+        units: how many units every layer had at the start, dropped ones included.
         channels, strides: of the feature maps that :meth:`forward` returns, finest first.
-        extra: timm's own keyword arguments, with which a path loads into ``timm.create_model``.
+        timm_options: keyword arguments of ``timm.create_model`` for the model that a path loads into.
+
+    Raises:
+        UserError: timm has no such model, it comes apart in no known way, or the units do not fit it.
     """
 
-    def __init__(self, config: BackboneConfig, seed: int = 0) -> None:
+    def __init__(self, config: BackboneConfig, seed: int = 0, kept: Sequence[Sequence[int]] | None = None) -> None:
         super().__init__()
         self.config = config
-        candidates = [self._blocks(config, seed, k) for k in range(config.units)]
-        self.layers = nn.ModuleList(LegoLayer(blocks, i) for i, blocks in enumerate(zip(*candidates, strict=True)))
-        taps = [block.tap for block in candidates[0] if block.tap is not None]
+        self.family = _family(config)
+        self.timm_options: dict[str, Any] = {**self.family.options, **config.options, "num_classes": 0}
+        self._undecayed: set[str] = set()
+        first = self._blocks(seed, 0)
+        self.units = _units_per_layer(config, len(first))
+        candidates = [first, *(self._blocks(seed, k) for k in range(1, max(self.units)))]
+        layers = []
+        for index, count in enumerate(self.units):
+            wanted = range(count) if kept is None else kept[index]
+            layers.append(LegoLayer({unit: candidates[unit][index] for unit in wanted}, index))
+        self.layers = nn.ModuleList(layers)
+        taps = [block.tap for block in first if block.tap is not None]
         self.channels = tuple(tap.channels for tap in taps)
         self.strides = tuple(tap.stride for tap in taps)
-        self.units = [len(layer.units) for layer in self.layers]  # type: ignore[arg-type]
         self.after_backward: Callable[[int], None] | None = None
         """Called with a layer's index as soon as backward is done with that layer (not for the first one)."""
 
-    @staticmethod
-    def _blocks(config: BackboneConfig, seed: int, unit: int) -> list[Block]:
+    def _blocks(self, seed: int, unit: int) -> list[Block]:
         seed_global_generators(seed, INIT, "unit", unit)
+        name = self.config.name
         try:
-            model = timm.create_model(config.name, pretrained=False, num_classes=0, **config.options)
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"backbone.name {config.name!r} with backbone.options {config.options}: {error}") from error
-        split = SPLIT.get(type(model).__name__)
-        if split is None:
-            raise UserError(f"backbone.name {config.name!r} is a {type(model).__name__}; supported: {sorted(SPLIT)}.")
-        return split(model)
+            model = timm.create_model(name, pretrained=False, **self.timm_options)
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"backbone.name {name!r} with backbone.options {self.config.options}: {error}") from error
+        if hasattr(model, "no_weight_decay"):
+            self._undecayed = set(model.no_weight_decay())
+        blocks = self.family.split(model)
+        kinds = self.config.unit_blocks
+        kind = kinds[unit % len(kinds)] if kinds else "plain"
+        if kind == "plain":
+            return blocks
+        if kind not in self.family.variants:
+            known = ", ".join(["plain", *self.family.variants])
+            raise UserError(f"backbone.unit_blocks: {name} has no {kind} blocks (it has {known}).")
+        return [self.family.variants[kind](block) for block in blocks]
+
+    def undecayed(self) -> set[str]:
+        """The parameters that timm exempts from weight decay (position embeddings, tokens), by their names here."""
+        return {
+            f"layers.{layer.index}.units.{unit}.{own}"
+            for layer in self.layers
+            for unit, module in layer.units.items()  # type: ignore[union-attr,operator]
+            for own, _ in module.named_parameters()
+            if layer.timm_name(own) in self._undecayed  # type: ignore[operator]
+        }
 
     def forward(self, passes: Sequence[Pass], batch_norm: BatchNormRule) -> list[list[Tensor]]:
         """The feature maps of every device, all devices advancing layer by layer together.
@@ -142,9 +191,31 @@ class LegoBackbone(nn.Module):
             else:
                 xs = layer(passes, batch_norm, *xs)
             if layer.tap is not None:
-                for maps, x in zip(features, xs, strict=True):
-                    maps.append(layer.tap.as_map(x))
+                for maps, x, one in zip(features, xs, passes, strict=True):
+                    height, width = one.images.shape[-2:]
+                    maps.append(layer.tap.as_map(x, (height, width)))
         return features
+
+
+def _family(config: BackboneConfig) -> Family:
+    architecture = config.name.split(".")[0]
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), 1)
+        hint = f": did you mean {near[0]!r}?" if near else "."
+        raise UserError(f"backbone.name {config.name!r}: timm has no such model{hint}")
+    module = timm.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
+    if module not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UserError(f"backbone.name {config.name!r} is of timm's family {module!r}; supported: {known}.")
+    return FAMILIES[module]
+
+
+def _units_per_layer(config: BackboneConfig, layers: int) -> list[int]:
+    if isinstance(config.units, int):
+        return [config.units] * layers
+    if len(config.units) != layers:
+        raise UserError(f"backbone.units lists {len(config.units)} layers, but {config.name} has {layers}.")
+    return list(config.units)
 
 
 def _when_all_have_gradients(tensors: Sequence[Tensor], done: Callable[[], None]) -> None:

@@ -2,13 +2,14 @@
 
 Batch norm couples the devices of a step, so a rank that holds several devices, or runs several units of a lego layer,
 must bring all of them to a norm before any can leave it. A block is traced once by torch.fx; its graph is then run
-over all lanes, and only at batch norms do the lanes meet. timm's blocks stay as they are, names included.
+by every lane, and at batch norms the lanes wait for each other. timm's blocks stay as they are, names included.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from operator import attrgetter
+from typing import Any, cast
 
 from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
 from torch import Tensor, fx, nn
@@ -41,17 +42,27 @@ class _Tracer(fx.Tracer):
 
 
 class Lockstep:
-    """Runs structurally equal modules (the units of a lego layer) lane by lane.
+    """Runs the units of a lego layer lane by lane.
+
+    Units may differ in everything but their batch norms, which must be as many, and of the same widths, in each.
 
     Args:
-        template: any of the units; its graph stands for all.
+        units: of the layer.
 
     Raises:
-        torch.fx.proxy.TraceError: the forward branches on values, so that lanes could part ways.
+        torch.fx.proxy.TraceError: a forward branches on values, so that lanes could part ways.
+        ValueError: the units' batch norms do not correspond.
     """
 
-    def __init__(self, template: nn.Module) -> None:
-        self.nodes = list(_Tracer().trace(template).nodes) if has_batch_norm(template) else None
+    def __init__(self, units: Sequence[nn.Module]) -> None:
+        self.graphs = [list(_Tracer().trace(unit).nodes) if has_batch_norm(unit) else [] for unit in units]
+        self.norms = [_norm_names(unit, graph) for unit, graph in zip(units, self.graphs, strict=True)]
+        widths = [
+            [unit.get_submodule(name).num_features for name in names]
+            for unit, names in zip(units, self.norms, strict=True)
+        ]
+        if any(own != widths[0] for own in widths):
+            raise ValueError(f"the units of a layer differ in their batch norms: {widths}")
 
     def __call__(
         self,
@@ -68,64 +79,70 @@ class Lockstep:
             batch_norm: what batch norms in training do.
             reseed: called with (lane, position) before anything that draws random numbers.
         """
-        if self.nodes is None:
-            return [self._call(units[k], x, lane, 0, reseed) for lane, (k, x) in enumerate(lanes)]
-        values: dict[fx.Node, list[Any]] = {}
-        for position, node in enumerate(self.nodes):
-            if node.op == "output":
-                return [_lookup(node.args[0], values, lane) for lane in range(len(lanes))]
-            values[node] = self._run(node, position, values, units, lanes, batch_norm, reseed)
-        raise AssertionError("a traced graph ends with its output")
+        if not self.norms[0]:
+            return [_call(units[k], x, lane, 0, reseed) for lane, (k, x) in enumerate(lanes)]
+        runs = [_run(self.graphs[k], units[k], x, lane, reseed) for lane, (k, x) in enumerate(lanes)]
+        names = zip(*self.norms, strict=True)
+        inputs, outputs = _advance(runs, [None] * len(runs))
+        while not outputs:
+            norms: list[Any] = [unit.get_submodule(name) for unit, name in zip(units, next(names), strict=True)]
+            if norms[0].training:
+                meeting = [(k, x) for (k, _), x in zip(lanes, inputs, strict=True)]
+                inputs, outputs = _advance(runs, batch_norm(norms, meeting))
+        return outputs
 
-    def _run(
-        self,
-        node: fx.Node,
-        position: int,
-        values: dict[fx.Node, list[Any]],
-        units: Sequence[nn.Module],
-        lanes: Sequence[Lane],
-        batch_norm: BatchNormRule,
-        reseed: Callable[[int, int], None] | None,
-    ) -> list[Any]:
+
+def _norm_names(unit: nn.Module, graph: Sequence[fx.Node]) -> list[str]:
+    """The batch norms of a traced unit, in the order in which its forward comes to them."""
+    targets = [str(node.target) for node in graph if node.op == "call_module"]
+    return [target for target in targets if isinstance(unit.get_submodule(target), nn.BatchNorm2d)]
+
+
+_Run = Generator[Tensor, Tensor | None, Tensor]
+"""A lane under way: it hands out the input of each batch norm in training and is sent the normalised map."""
+
+
+def _advance(runs: Sequence[_Run], normalised: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """Lets every lane go on to its next batch norm, or to its end: (inputs of the norm, outputs), one of them empty."""
+    inputs, outputs = [], []
+    for run, y in zip(runs, normalised, strict=True):
+        try:
+            inputs.append(run.send(y))
+        except StopIteration as end:
+            outputs.append(end.value)
+    return inputs, outputs
+
+
+def _run(
+    graph: Sequence[fx.Node], unit: nn.Module, x: Tensor, lane: int, reseed: Callable[[int, int], None] | None
+) -> _Run:
+    values: dict[fx.Node, Any] = {}
+    for position, node in enumerate(graph):
+        arguments: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = arguments
+        target: Any = node.target
         if node.op == "placeholder":
-            return [x for _, x in lanes]
-        if node.op == "get_attr":
-            return [_attribute(units[k], str(node.target)) for k, _ in lanes]
-        arguments = [_lookup((node.args, node.kwargs), values, lane) for lane in range(len(lanes))]
-        if node.op == "call_function":
-            return [node.target(*args, **kwargs) for args, kwargs in arguments]  # type: ignore[operator]
-        if node.op == "call_method":
-            return [getattr(args[0], str(node.target))(*args[1:], **kwargs) for args, kwargs in arguments]
-        modules: list[Any] = [unit.get_submodule(str(node.target)) for unit in units]
-        inputs: list[Any] = [args[0] for args, _ in arguments]
-        if isinstance(modules[0], nn.BatchNorm2d) and modules[0].training:
-            meeting = [(k, x) for (k, _), x in zip(lanes, inputs, strict=True)]
-            normalised = batch_norm(modules, meeting)
-            # timm's combined module: the norm and what follows it.
-            return [
-                modules[k].act(modules[k].drop(y)) if isinstance(modules[k], BatchNormAct2d) else y
-                for (k, _), y in zip(lanes, normalised, strict=True)
-            ]
-        return [
-            self._call(modules[k], x, lane, position, reseed)
-            for lane, ((k, _), x) in enumerate(zip(lanes, inputs, strict=True))
-        ]
-
-    @staticmethod
-    def _call(
-        module: nn.Module, x: Tensor, lane: int, position: int, reseed: Callable[[int, int], None] | None
-    ) -> Tensor:
-        if reseed is not None and module.training and is_stochastic(module):
-            reseed(lane, position)
-        return module(x)
+            values[node] = x
+        elif node.op == "get_attr":
+            values[node] = attrgetter(target)(unit)
+        elif node.op == "call_function":
+            values[node] = target(*args, **kwargs)
+        elif node.op == "call_method":
+            values[node] = getattr(args[0], target)(*args[1:], **kwargs)
+        elif node.op == "call_module":
+            module: Any = unit.get_submodule(target)
+            if isinstance(module, nn.BatchNorm2d) and module.training:
+                y = yield args[0]
+                # timm's combined module: the norm and what follows it.
+                values[node] = module.act(module.drop(y)) if isinstance(module, BatchNormAct2d) else y
+            else:
+                values[node] = _call(module, args[0], lane, position, reseed)
+        else:
+            return cast(Tensor, args[0])
+    raise AssertionError("a traced graph ends with its output")
 
 
-def _lookup(argument: Any, values: dict[fx.Node, list[Any]], lane: int) -> Any:
-    """An argument of a graph node with one lane's values in place of the nodes."""
-    return fx.node.map_arg(argument, lambda node: values[node][lane])
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    for part in target.split("."):
-        module = getattr(module, part)
-    return module
+def _call(module: nn.Module, x: Tensor, lane: int, position: int, reseed: Callable[[int, int], None] | None) -> Tensor:
+    if reseed is not None and module.training and is_stochastic(module):
+        reseed(lane, position)
+    return cast(Tensor, module(x))

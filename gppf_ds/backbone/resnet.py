@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from gppf_ds.backbone.blocks import Block, Tap
+from gppf_ds.backbone.blocks import Block, Family, Tap
+from gppf_ds.backbone.deformable import deformable
 from gppf_ds.errors import UserError
 
 
@@ -26,14 +27,17 @@ def split(model: Any) -> list[Block]:
             "(replace_stem_pool), which no unit would own: choose a ResNet with a max-pooled stem."
         )
     stem = nn.Sequential(OrderedDict(conv1=model.conv1, bn1=model.bn1, act1=model.act1))
-    blocks = [Block("Stem", "", stem, Tap(model.feature_info[0]["num_chs"], 2))]
+    blocks = [Block("Stem", {"": ""}, stem, Tap(model.feature_info[0]["num_chs"], 2))]
     before = model.maxpool
     for number, info in enumerate(model.feature_info[1:], start=1):
         stage = getattr(model, f"layer{number}")
         for index, module in enumerate(stage):
             tap = Tap(info["num_chs"], info["reduction"]) if index == len(stage) - 1 else None
-            block = Block(f"Res{number + 1}.{index}", f"layer{number}.{index}.", module, tap)
+            block = Block(f"Res{number + 1}.{index}", {"": f"layer{number}.{index}."}, module, tap)
             if before is not None:
                 block.before, before = before, None
             blocks.append(block)
     return blocks
+
+
+FAMILY = Family(split, variants={"deformable": deformable})

@@ -18,18 +18,16 @@ from gppf_ds.simt.usage import Owner
 def scale_for_average(
     parameters: Iterable[tuple[nn.Parameter, Owner]],
     counts: Mapping[Owner, int],
-    factor: float = 1.0,
     strict: bool = True,
 ) -> list[Tensor]:
-    """Prepares this rank's gradients so that their sum over the ranks is the task average times ``factor``.
+    """Prepares this rank's gradients so that their sum over the ranks is the task average.
 
-    Gradients are scaled in place by factor / N_p; a parameter that only other ranks used gets zeros; one that nobody
+    Gradients are scaled in place by 1 / N_p; a parameter that only other ranks used gets zeros; one that nobody
     used gets None.
 
     Args:
         parameters: with their owners, in the same order on every rank.
         counts: N_p of every owner.
-        factor: see above.
         strict: a gradient of a parameter that nobody used is an error. Not so where a device was dropped: batch
             statistics carry gradients of other losses into units that only the dropped device ran.
 
@@ -53,5 +51,5 @@ def scale_for_average(
         gradients.append(parameter.grad)
         by_count[count].append(parameter.grad)
     for count, group in by_count.items():
-        torch._foreach_mul_(group, factor / count)
+        torch._foreach_mul_(group, 1.0 / count)
     return gradients

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import logging
-import math
 import os
 import socket
 from collections import Counter
@@ -23,11 +22,11 @@ from gppf_ds.backbone.lego import LegoLayer
 from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.audit import Audit
-from gppf_ds.simt.averaging import scale_for_average
 from gppf_ds.simt.buffers import average_head_buffers
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
+from gppf_ds.simt.optimizer import build_optimizer, learning_rate
 from gppf_ds.simt.reduction import LayerwiseReduction, split_into_parts
 from gppf_ds.simt.usage import Owner, owner_of, usage_counts
 
@@ -85,14 +84,6 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return wanted
 
 
-def learning_rate(step: int, config: RunConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to 0 at the last step."""
-    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-
-
 @dataclass
 class StepReport:
     """What a step did, on this rank."""
@@ -130,7 +121,7 @@ class SimtEngine:
             deepspeed.utils.set_z3_leaf_modules(model, [LegoLayer, HeadBank])
         self.engine = deepspeed.initialize(
             model=model,
-            optimizer=_optimizer(model, config),
+            optimizer=build_optimizer(model, config),
             config=deepspeed_config(config, self.precision),
             dist_init_required=False,
         )[0]
@@ -141,20 +132,30 @@ class SimtEngine:
         if self.stage:
             partitions = _partitions_of_stage_3 if self.stage == 3 else _partitions_of_stages_1_and_2
             self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine))
-        self.reduction = self._take_over_reduction() if self.stage < 3 else None
+        self.reduction = self._take_over_reduction()
         self.audit = Audit() if config.engine.audit else None
         self._head_batches: Counter[str] = Counter()
 
     def _take_over_reduction(self) -> LayerwiseReduction:
-        """Stages 0 to 2: gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
+        """Gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
         if self.stage == 0:
             self.engine.enable_backward_allreduce = False
-        else:
+        elif self.stage < 3:
             self.engine.optimizer.average_tensor = lambda tensor, dtype: None
+        else:
+            self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
         named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         reduction = LayerwiseReduction(split_into_parts(named, len(self.model.backbone.layers)))
         self.model.backbone.after_backward = reduction.backward_reached
         return reduction
+
+    def _own_parts(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
+        """Stage 3: the parts of the whole gradients that this rank steps."""
+        parts = []
+        for parameter in parameters:
+            size = parameter.partition_numel()
+            parts.append(parameter.grad.view(-1)[self.rank * size : (self.rank + 1) * size])
+        return parts
 
     @property
     def num_devices(self) -> int:
@@ -170,6 +171,8 @@ class SimtEngine:
 
     def route(self, task: str, step: int, device: int) -> Route:
         """The route of one device in one step: a function of (seed, step, device) and the controller."""
+        if self.controller.frozen:
+            return self.controller.fixed_route(task)
         noise = self.controller.noise(self.config.seed, step, device)
         tau = temperature(step, self.config.steps, self.config.controller)
         if self.config.backbone.routing == "hard":
@@ -211,13 +214,9 @@ class SimtEngine:
                         job.passing.route.weights.register_hook(torch.zeros_like)
                 if number == len(groups):
                     counts = usage_counts(set(self.owners.values()), tasks, paths, valid)
-                    if self.reduction is not None:
-                        self.reduction.begin(counts, strict=bool(valid.all()))
+                    self.reduction.begin(counts, strict=bool(valid.all()))
                 self.engine.backward(loss, scale_wrt_gas=False)
-            if self.reduction is not None:
-                self.reduction.finish()
-            else:
-                scale_for_average(self.parameters, counts, float(self.world_size), strict=bool(valid.all()))
+            self.reduction.finish()
             skipped = self._reason_to_skip(valid)
             if skipped is not None:
                 counts = dict.fromkeys(counts, 0)
@@ -240,6 +239,10 @@ class SimtEngine:
             skipped = "loss_scale_overflow"
         self._controller_step(tasks, valid, scale, skipped is not None)
         return skipped
+
+    def close(self) -> None:
+        """Takes DeepSpeed's hooks off the model and frees its buffers; the engine is of no use afterwards."""
+        self.engine.destroy()
 
     def average_head_buffers(self) -> None:
         """One answer for the heads' running statistics, before evaluating and saving; a collective call."""
@@ -299,7 +302,9 @@ class SimtEngine:
         return [(name, 0, p) for name, p in self.model.named_parameters()] if every_rank or self.rank == 0 else []
 
     def _paths(self, tasks: Sequence[str], step: int) -> np.ndarray | None:
-        """Hard mode: the units that every device of every rank chooses, (devices, layers)."""
+        """Where devices run single units: those that every device of every rank chooses, (devices, layers)."""
+        if self.controller.frozen:
+            return np.array([self.controller.path(task) for task in tasks])
         if self.config.backbone.routing == "soft":
             return None
         noises = (self.controller.noise(self.config.seed, step, device) for device in range(len(tasks)))
@@ -307,7 +312,7 @@ class SimtEngine:
 
     @contextmanager
     def _local_gradients(self) -> Iterator[None]:
-        """DeepSpeed leaves gradients alone inside; on exit it partitions them (stage 3: reduces, in fixed order)."""
+        """DeepSpeed leaves gradients alone inside; on exit it partitions them."""
         if self.stage == 0:
             yield
         else:
@@ -344,6 +349,8 @@ class SimtEngine:
 
     def _controller_step(self, tasks: Sequence[str], valid: np.ndarray, loss_scale: float, skipped: bool) -> None:
         """Task average and Adam step of the controller rows (N_p = devices that run the task)."""
+        if self.controller.frozen:
+            return
         names = list(self.controller.logits)
         rows = [self.controller.logits[name] for name in names]
         flat = torch.stack([row.grad if row.grad is not None else torch.zeros_like(row) for row in rows])
@@ -366,19 +373,6 @@ class SimtEngine:
     def _set_learning_rate(self, value: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = value
-
-
-def _optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimizer:
-    """SGD or AdamW over two groups: what decays, and norms and biases."""
-    settings = config.optimizer
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [p for _, p in trained if p.dim() > 1 or settings.norm_decay]
-    small = [p for _, p in trained if not (p.dim() > 1 or settings.norm_decay)]
-    groups = [{"params": plain, "weight_decay": settings.weight_decay}, {"params": small, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
 
 
 def _partitions_of_stages_1_and_2(engine: Any) -> list[Partition]:

@@ -16,8 +16,8 @@ from gppf_ds.backbone.lego import Pass
 from gppf_ds.backbone.norm import Weighting
 from gppf_ds.config import RunConfig
 from gppf_ds.seeding import FORWARD, seed_global_generators
-from gppf_ds.simt.engine import learning_rate
 from gppf_ds.simt.model import HEAD_STREAM, SimtModel
+from gppf_ds.simt.optimizer import build_optimizer, learning_rate
 from gppf_ds.tasks.task import Batch
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -41,7 +41,7 @@ class Reference:
         self.controller = controller
         self.config = config
         self.dtype = AUTOCAST[precision]
-        self.optimizer = _optimizer(model, config)
+        self.optimizer = build_optimizer(model, config)
         self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
 
     def step(
@@ -191,14 +191,3 @@ def _task_average(parameter: nn.Parameter, users: int) -> Tensor | None:
     if users == 0:
         return None
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / users
-
-
-def _optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimizer:
-    settings = config.optimizer
-    trained = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trained if p.dim() > 1 or settings.norm_decay]
-    others = [p for p in trained if p.dim() <= 1 and not settings.norm_decay]
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)

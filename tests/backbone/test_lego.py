@@ -41,9 +41,9 @@ def plain(backbone: LegoBackbone, path: tuple[int, ...] | None = None) -> nn.Mod
     """The path as timm's own model, by renaming alone."""
     path = path or (0,) * len(backbone.layers)
     state = {
-        layer.prefix + key: value.clone()
+        layer.timm_name(key): value.clone()
         for layer, unit in zip(backbone.layers, path, strict=True)
-        for key, value in layer.units[unit].state_dict().items()
+        for key, value in layer.units[str(unit)].state_dict().items()
     }
     model = timm.create_model(backbone.config.name, features_only=True, **backbone.config.options)
     model.load_state_dict(state, strict=True)
@@ -97,11 +97,11 @@ def test_one_unit_is_timms_model(name, options, size, routing):
         close(got, y)
     total([maps]).backward()
     total([wanted]).backward()
-    renamed = {layer.prefix + key: p for layer in backbone.layers for key, p in layer.units[0].named_parameters()}
+    renamed = {layer.timm_name(key): p for layer in backbone.layers for key, p in layer.units["0"].named_parameters()}
     assert renamed.keys() == dict(model.named_parameters()).keys()
     for key, p in model.named_parameters():
         close(renamed[key].grad, p.grad, 1e-3)
-    buffers = {layer.prefix + key: b for layer in backbone.layers for key, b in layer.units[0].named_buffers()}
+    buffers = {layer.timm_name(key): b for layer in backbone.layers for key, b in layer.units["0"].named_buffers()}
     for key, b in model.named_buffers():
         close(buffers[key], b)
 
@@ -109,9 +109,9 @@ def test_one_unit_is_timms_model(name, options, size, routing):
 def test_unit_zero_does_not_depend_on_the_number_of_units():
     one, three = (LegoBackbone(BackboneConfig(options=TINY, units=n), 5) for n in (1, 3))
     for a, b in zip(one.layers, three.layers, strict=True):
-        for key, value in a.units[0].state_dict().items():
-            assert torch.equal(b.units[0].state_dict()[key], value)
-    first, second = (dict(three.layers[1].units[k].named_parameters()) for k in (0, 1))
+        for key, value in a.units["0"].state_dict().items():
+            assert torch.equal(b.units["0"].state_dict()[key], value)
+    first, second = (dict(three.layers[1].units[str(k)].named_parameters()) for k in (0, 1))
     assert not torch.equal(first["conv1.weight"], second["conv1.weight"])
 
 
@@ -141,7 +141,7 @@ def test_soft_mixing_is_equation_one():
     y, wanted = x, []
     for index, layer in enumerate(backbone.layers):
         y = layer.before(y)
-        y = sum(route.weights[index, k] * unit(y) for k, unit in enumerate(layer.units))
+        y = sum(route.weights[index, k] * unit(y) for k, unit in enumerate(layer.units.values()))
         if layer.tap:
             wanted.append(y)
     for got, y in zip(maps, wanted, strict=True):
@@ -181,7 +181,7 @@ def test_hard_mode_runs_only_the_chosen_units():
         return hook
 
     for index, layer in enumerate(backbone.layers):
-        for unit, block in enumerate(layer.units):
+        for unit, block in enumerate(layer.units.values()):
             block.conv1.register_forward_hook(count(index, unit))
     paths = [(1, 0, 1, 1, 0, 1), (1, 1, 0, 1, 0, 0)]
     backbone([Pass(images(1, 3, 64, 64), hard(p, 2)) for p in paths], NormPolicy())
@@ -211,7 +211,7 @@ def test_straight_through():
     assert torch.isfinite(gradient).all()
     assert controller.logits["b"].grad is None
     for index, layer in enumerate(backbone.layers):
-        for unit, block in enumerate(layer.units):
+        for unit, block in enumerate(layer.units.values()):
             used = unit == route.path[index]
             assert all((p.grad is not None) == used for p in block.parameters())
             for name, buffer in block.named_buffers():

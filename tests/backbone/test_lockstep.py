@@ -44,7 +44,7 @@ def test_one_lane_is_the_module(name, options, training):
     module = block(0, name, **options).train(training)
     twin = copy.deepcopy(module)
     x = torch.randn(4, channels(module), 12, 10)
-    (got,) = Lockstep(module)([module], [(0, x)], NormPolicy())
+    (got,) = Lockstep([module])([module], [(0, x)], NormPolicy())
     torch.testing.assert_close(got, twin(x), rtol=1e-4, atol=1e-5)
     for key, buffer in twin.named_buffers():
         torch.testing.assert_close(module.get_buffer(key), buffer, rtol=1e-4, atol=1e-5)
@@ -54,7 +54,7 @@ def test_two_lanes_of_one_module_are_one_batch():
     module = block().train()
     twin = copy.deepcopy(module)
     one, two = torch.randn(2, 32, 8, 8), torch.randn(3, 32, 8, 8) + 2
-    got = Lockstep(module)([module], [(0, one), (0, two)], NormPolicy())
+    got = Lockstep([module])([module], [(0, one), (0, two)], NormPolicy())
     wanted = twin(torch.cat([one, two]))
     torch.testing.assert_close(torch.cat(got), wanted, rtol=1e-4, atol=1e-5)
     torch.cat(got).square().mean().backward()
@@ -69,7 +69,7 @@ def test_lanes_of_different_units_do_not_mix():
     units = [block(seed).train() for seed in range(2)]
     twins = copy.deepcopy(units)
     x = torch.randn(2, 32, 8, 8)
-    got = Lockstep(units[0])(units, [(1, x), (0, x)], NormPolicy())
+    got = Lockstep(units)(units, [(1, x), (0, x)], NormPolicy())
     torch.testing.assert_close(got[0], twins[1](x), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[1], twins[0](x), rtol=1e-4, atol=1e-5)
 
@@ -77,7 +77,7 @@ def test_lanes_of_different_units_do_not_mix():
 def test_a_module_without_batch_norm_is_called_whole():
     units = [nn.Sequential(nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4)) for _ in range(2)]
     x = torch.randn(1, 3, 4, 4)
-    got = Lockstep(units[0])(units, [(0, x), (1, x)], NormPolicy())
+    got = Lockstep(units)(units, [(0, x), (1, x)], NormPolicy())
     assert torch.equal(got[0], units[0](x))
     assert torch.equal(got[1], units[1](x))
 
@@ -90,7 +90,7 @@ def test_frozen_norms_use_their_running_statistics():
             child.running_mean.normal_()
     x = torch.randn(2, 32, 8, 8)
     before = {k: b.clone() for k, b in module.named_buffers()}
-    (got,) = Lockstep(module)([module], [(0, x)], NormPolicy())
+    (got,) = Lockstep([module])([module], [(0, x)], NormPolicy())
     assert torch.equal(got, module(x))
     assert all(torch.equal(b, before[k]) for k, b in module.named_buffers())
 
@@ -106,7 +106,7 @@ class Branching(nn.Module):
 
 def test_a_block_that_branches_on_values_is_refused():
     with pytest.raises(torch.fx.proxy.TraceError):
-        Lockstep(Branching())
+        Lockstep([Branching()])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_reseeding_goes_with_lane_and_position_in_training_only():
     module = block(drop_path_rate=0.5)
     calls: list[tuple[int, int]] = []
     lanes = [(0, torch.randn(2, 32, 8, 8)) for _ in range(2)]
-    lockstep = Lockstep(module)
+    lockstep = Lockstep([module])
     lockstep([module.train()], lanes, NormPolicy(), lambda lane, position: calls.append((lane, position)))
     assert [lane for lane, _ in calls] == [0, 1]
     assert len({position for _, position in calls}) == 1

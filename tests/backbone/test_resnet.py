@@ -23,7 +23,7 @@ def test_resnet50_is_the_seventeen_layers_of_the_paper():
     assert backbone.units == [2] * 17
     assert backbone.channels == (64, 256, 512, 1024, 2048)
     assert backbone.strides == (2, 4, 8, 16, 32)
-    per_path = sum(p.numel() for layer in backbone.layers for p in layer.units[0].parameters())
+    per_path = sum(p.numel() for layer in backbone.layers for p in layer.units["0"].parameters())
     assert per_path == 23_508_032  # ResNet-50 without its classifier
     assert sum(p.numel() for p in backbone.parameters()) == 2 * per_path
 
@@ -41,7 +41,7 @@ def test_names_taps_and_prefixes_cover_the_model(name, options, strides):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=0, **options)
     blocks = split(model)
-    named = {b.prefix + key: value for b in blocks for key, value in b.module.state_dict().items()}
+    named = {b.timm_name(key): value for b in blocks for key, value in b.module.state_dict().items()}
     wanted = model.state_dict()
     assert named.keys() == wanted.keys()
     assert all(value.data_ptr() == wanted[key].data_ptr() for key, value in named.items())

@@ -1,12 +1,11 @@
 """The single-process reference of a SIMT run: plain PyTorch, every device in turn, nothing distributed.
 
-It shares with the product only timm's blocks, the schedule, the controller's routes and the heads.
+It shares with the product only timm's modules, the schedule, the controller's routes and the heads.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -29,13 +28,13 @@ def batch_norm(norm: nn.BatchNorm2d, xs: list[Tensor]) -> list[Tensor]:
 def bottleneck(block: nn.Module, xs: list[Tensor]) -> list[Tensor]:
     """A ResNet bottleneck (or the stem) on the inputs of all devices that use it."""
     if isinstance(block, nn.Sequential):
-        return [F.relu(y) for y in batch_norm(block.bn1, [block.conv1(x) for x in xs])]
-    ys = [F.relu(y) for y in batch_norm(block.bn1, [block.conv1(x) for x in xs])]
-    ys = [F.relu(y) for y in batch_norm(block.bn2, [block.conv2(y) for y in ys])]
+        return [block.act1(y) for y in batch_norm(block.bn1, [block.conv1(x) for x in xs])]
+    ys = [block.act1(y) for y in batch_norm(block.bn1, [block.conv1(x) for x in xs])]
+    ys = [block.act2(y) for y in batch_norm(block.bn2, [block.conv2(y) for y in ys])]
     ys = batch_norm(block.bn3, [block.conv3(y) for y in ys])
     if block.downsample is not None:
         xs = batch_norm(block.downsample[1], [block.downsample[0](x) for x in xs])
-    return [F.relu(x + y) for x, y in zip(xs, ys, strict=True)]
+    return [block.act3(x + y) for x, y in zip(xs, ys, strict=True)]
 
 
 def features(layers: nn.ModuleList, images: list[Tensor], routes: list) -> list[list[Tensor]]:
@@ -44,7 +43,7 @@ def features(layers: nn.ModuleList, images: list[Tensor], routes: list) -> list[
     for index, layer in enumerate(layers):
         xs = [layer.before(x) for x in xs]
         mixed = [torch.zeros(()) for _ in xs]
-        for k, unit in enumerate(layer.units):
+        for k, unit in enumerate(layer.units.values()):
             users = [d for d, r in enumerate(routes) if r.path is None or r.path[index] == k]
             if users:
                 for d, y in zip(users, bottleneck(unit, [xs[d] for d in users]), strict=True):

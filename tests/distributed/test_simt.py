@@ -11,7 +11,21 @@ import pytest
 from distributed.ranks import run_ranks
 
 TOLERANCE = 1e-6
-"""Of the relative error (norm of the difference over norm) after 5 steps in fp32."""
+"""Of the relative error of every tensor (norm of the difference over norm) after 5 steps in fp32.
+
+The reference computes in fp32 too, and two fp32 computations cannot agree better than each agrees with the exact one.
+With ReLU, max-pooling and an epsilon of 1e-4 one of AdamW's combinations missed the bound by a third, and the reference
+came as far as 1.5e-5 away from itself in float64; with an epsilon of 1e-3 still 2.8e-6 from itself with the devices in
+another order. There are two causes, and neither is the engine. Rounding chose another side of a kink. And an element
+whose gradient was far below epsilon (1.7e-5, one of the 9408 of the stem's convolution) moved by learning rate /
+epsilon times the difference of two rounding errors (1.3e-6). So the network has no kinks and epsilon is 1e-3
+(:mod:`distributed.simt_case`). The largest distances over AdamW's combinations at stage 0 are then
+
+    engine - reference 5.0e-7, engine - float64 5.7e-7, reference - float64 6.2e-7,
+    reference - reference with the devices in another order 3.9e-7,
+
+and over the whole matrix engine - reference is at most 7.1e-7.
+"""
 
 
 def results(world_size: int, cases: list[dict[str, Any]], timeout: float = 300.0) -> list[dict[str, Any]]:
@@ -84,5 +98,4 @@ def test_the_whole_matrix(stage: int, optimizer: str) -> None:
         }
         for routing, accumulation, devices, clip in itertools.product(["soft", "hard"], [1, 2], [1, 2], [0.0, 0.5])
     ]
-    # Adam divides a gradient by its own size, and so magnifies rounding: the same few 1e-6 at every stage.
-    check(2, cases, tolerance=TOLERANCE if optimizer == "sgd" else 5e-6, timeout=1800)
+    check(2, cases, timeout=1800)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from dense_head import DenseHead
 from torch import Tensor, nn
 
 from gppf_ds.backbone.controller import Controller
@@ -36,22 +37,6 @@ class ClsHead(Head):
 
     def predict(self, features: list[Tensor], targets: Any) -> list[Tensor]:
         return list(self.linear(features[-1].mean((2, 3))))
-
-
-class DenseHead(Head):
-    """Two loss terms; reads two maps and leaves one of its parameters unused."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 2, 3, padding=1)
-        self.unused = nn.Parameter(torch.ones(3))
-
-    def loss(self, features: list[Tensor], targets: Any) -> dict[str, Tensor]:
-        y = self.conv(features[1])
-        return {"near": y.square().mean(), "far": features[2].abs().mean() * targets[1]}
-
-    def predict(self, features: list[Tensor], targets: Any) -> list[Tensor]:
-        return list(self.conv(features[1]))
 
 
 def build(batch_norm: NormPolicy | None = None) -> SimtModel:

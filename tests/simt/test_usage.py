@@ -65,7 +65,7 @@ def test_names_of_the_real_model():
     model = SimtModel(backbone, heads, dict.fromkeys(heads, 1.0))
     owners = {name: owner_of(name) for name, _ in model.named_parameters()}
     for layer, module in enumerate(backbone.layers):
-        for unit, block in enumerate(module.units):
+        for unit, block in enumerate(module.units.values()):
             for name, _ in block.named_parameters():
                 assert owners[f"backbone.layers.{layer}.units.{unit}.{name}"] == ("unit", str(layer), str(unit))
     for task, head in heads.items():
