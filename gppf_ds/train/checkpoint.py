@@ -43,6 +43,8 @@ class TrainState:
     """Of the run: the schedule, the samples and all noise follow from it."""
     unchanged_steps: int = 0
     """Steps in a row that the non-finite guard skipped."""
+    kept: list[list[int]] | None = None
+    """In the sparse phase: the units that every lego layer still holds."""
 
 
 def save(folder: Path, state: TrainState, fragments: Iterable[Fragment], shared: dict[str, Tensor], keep: int) -> Path:
@@ -90,6 +92,8 @@ def complete(folder: Path) -> list[Path]:
 class CheckpointReader:
     """Reads slices of parameters and optimizer state from a checkpoint, whatever layout wrote it.
 
+    The files stay open, mapped into memory, for the reader's life: a large checkpoint has thousands of slices.
+
     Raises:
         UserError: the folder is no complete checkpoint, or a file is not the one that was written.
     """
@@ -98,12 +102,12 @@ class CheckpointReader:
         self.path = path
         ranks = self._verified_ranks()
         self.state = self._state()
-        self._slices: dict[tuple[str, str], list[tuple[int, Path, str]]] = defaultdict(list)
+        self._slices: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         for file in ranks:
-            with safe_open(file, "pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    name, start, kind = key.rsplit("@", 2)
-                    self._slices[name, kind].append((int(start), file, key))
+            tensors = safe_open(file, "pt")
+            for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                name, start, kind = key.rsplit("@", 2)
+                self._slices[name, kind].append((int(start), tensors, key))
         with safe_open(path / "shared.safetensors", "pt") as tensors:
             self.shared = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118
 
@@ -111,9 +115,8 @@ class CheckpointReader:
         """The parameters in the checkpoint and how many values each has."""
         sizes: dict[str, int] = defaultdict(int)
         for (name, kind), parts in self._slices.items():
-            for _, file, key in parts if kind == MASTER else ():
-                with safe_open(file, "pt") as tensors:
-                    sizes[name] += tensors.get_slice(key).get_shape()[0]
+            for _, tensors, key in parts if kind == MASTER else ():
+                sizes[name] += tensors.get_slice(key).get_shape()[0]
         return dict(sizes)
 
     def kinds(self, name: str) -> list[str]:
@@ -122,11 +125,9 @@ class CheckpointReader:
 
     def whole(self, name: str, kind: str = MASTER) -> Tensor:
         """All of a parameter (or of one of its state tensors), flat; a number for a state that is one number."""
-        parts = []
-        for _, file, key in sorted(self._slices[name, kind], key=lambda part: part[0]):
-            with safe_open(file, "pt") as tensors:
-                parts.append(tensors.get_tensor(key))
-        return parts[0] if parts[0].dim() == 0 else torch.cat(parts)
+        slices = sorted(self._slices[name, kind], key=lambda part: part[0])
+        parts = [tensors.get_tensor(key) for _, tensors, key in slices]
+        return parts[0].clone() if parts[0].dim() == 0 else torch.cat(parts)
 
     def _verified_ranks(self) -> list[Path]:
         """The files that the ranks wrote, after all files have been checked against the manifest."""

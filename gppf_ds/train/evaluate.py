@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-from gppf_ds.backbone.controller import Controller, Route
+from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import Pass
 from gppf_ds.config import LoaderConfig
 from gppf_ds.errors import SampleError, UserError
@@ -54,8 +54,7 @@ def evaluate(
     model.eval()
     results = {}
     for name, task in tasks.items():
-        path = controller.path(name)
-        route = Route(torch.ones(controller.mask.shape, device=device), path)
+        route = controller.fixed_route(name)
         metric = task.metric()
         for data in _batches(task, name, loader):
             batch = task.preprocess(data, device, training=False)

@@ -15,8 +15,9 @@ from gppf_ds.backbone.controller import temperature
 from gppf_ds.config import RunConfig
 from gppf_ds.monitor.metrics import Metrics
 from gppf_ds.monitor.progress import Progress
-from gppf_ds.simt.engine import StepReport, learning_rate
+from gppf_ds.simt.engine import StepReport
 from gppf_ds.simt.loader import LoadedBatch
+from gppf_ds.simt.optimizer import learning_rate
 from gppf_ds.train.record import versions
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,8 @@ from gppf_ds.config import BackboneConfig
 from gppf_ds.errors import UserError
 from gppf_ds.seeding import INIT, seed_global_generators
 from gppf_ds.simt.model import SimtModel
+from gppf_ds.simt.usage import owner_of
+from gppf_ds.tasks.pyramid import build_head
 from gppf_ds.tasks.task import FeatureInfo, Task
 from gppf_ds.train import checkpoint
 from gppf_ds.train.checkpoint import CheckpointReader
@@ -25,16 +27,36 @@ BUFFER, CONTROLLER, CONTROLLER_STATE = "buffer.", "controller.", "controller_opt
 """Prefixes of what every rank holds alike, in a checkpoint's shared tensors."""
 
 
-def build_model(config: BackboneConfig, tasks: Mapping[str, Task], seed: int) -> tuple[SimtModel, Controller]:
-    """Backbone, heads and controllers with the initial values that the seed gives them."""
-    backbone = LegoBackbone(config, seed)
+def build_model(
+    config: BackboneConfig, tasks: Mapping[str, Task], seed: int, kept: Sequence[Sequence[int]] | None = None
+) -> tuple[SimtModel, Controller]:
+    """Backbone, heads and controllers with the initial values that the seed gives them.
+
+    Args:
+        config: of the backbone.
+        tasks: by name.
+        seed: of the run.
+        kept: in the sparse phase, the units that every lego layer still holds.
+    """
+    backbone = LegoBackbone(config, seed, kept)
     heads = {}
     for name, task in tasks.items():
         seed_global_generators(seed, INIT, "head", name)
-        heads[name] = task.build_head(FeatureInfo(backbone.channels, backbone.strides))
+        heads[name] = build_head(task, FeatureInfo(backbone.channels, backbone.strides))
     policy = NormPolicy(config.norm_weighting, config.norm_sync == "cross_task")
     model = SimtModel(backbone, heads, {name: task.loss_weight for name, task in tasks.items()}, policy)
-    return model, Controller(list(tasks), backbone.units)
+    controller = Controller(list(tasks), backbone.units)
+    controller.frozen = kept is not None
+    return model, controller
+
+
+def is_kept(name: str, kept: Sequence[Sequence[int]] | None) -> bool:
+    """Whether a parameter or buffer survives the start of the sparse phase."""
+    match owner_of(name):
+        case ("unit", layer, unit) if kept is not None:
+            return int(unit) in kept[int(layer)]
+        case _:
+            return True
 
 
 def shared_tensors(model: nn.Module, controller: Controller, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -115,7 +137,7 @@ def load_trained(folder: Path, path: Path | None, recipe: Recipe) -> Trained:
     if path is None and not found:
         raise UserError(f"{folder} has no complete checkpoint: train it first.")
     reader = CheckpointReader(path or found[-1])
-    model, controller = build_model(recipe.config.backbone, recipe.tasks, recipe.config.seed)
+    model, controller = build_model(recipe.config.backbone, recipe.tasks, recipe.config.seed, reader.state.kept)
     require_same_architecture(reader, model, list(recipe.tasks))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from gppf_ds.backbone.controller import settled_step
+from gppf_ds.backbone.pretrained import load_pretrained
 from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.agreement import agree, describe
@@ -21,7 +24,14 @@ from gppf_ds.train.checkpoint import CheckpointReader, TrainState
 from gppf_ds.train.evaluate import evaluate
 from gppf_ds.train.feed import Feed
 from gppf_ds.train.observe import Observer
-from gppf_ds.train.restore import build_model, require_same_architecture, restore_shared, shared_tensors
+from gppf_ds.train.restore import (
+    BUFFER,
+    build_model,
+    is_kept,
+    require_same_architecture,
+    restore_shared,
+    shared_tensors,
+)
 
 
 class Trainer:
@@ -40,16 +50,16 @@ class Trainer:
         self.device = device
         self.checkpoints = Path(config.output) / "checkpoints"
         self.feed = Feed(config, tasks)
-        model, controller = build_model(config.backbone, tasks, config.seed)
-        agree(describe(model, self.feed.sizes))
-        self.engine = SimtEngine(model, controller, config, device)
         self.state = TrainState(0, dict.fromkeys(self.names, 0), config.seed)
-        resumed = self._resume()
+        found = checkpoint.complete(self.checkpoints)
+        resumed = CheckpointReader(found[-1]) if found else None
         self.unreadable = UnreadableSamples(config.loader)
         batch_sizes = {name: task.batch_size for name, task in tasks.items()}
-        self.observer = Observer(config, batch_sizes, self.state.step, dist.get_rank() == 0)
+        start = resumed.state.step if resumed else 0
+        self.observer = Observer(config, batch_sizes, start, dist.get_rank() == 0)
+        self.engine = self._build(resumed)
         if resumed is not None:
-            self.observer.say(f"resuming from {resumed} at step {self.state.step} of {config.steps}")
+            self.observer.say(f"resuming from {resumed.path} at step {self.state.step} of {config.steps}")
 
     def fit(self) -> None:
         """Runs the remaining steps; on return the last checkpoint and ``results.json`` are on disk."""
@@ -57,6 +67,8 @@ class Trainer:
             self._evaluate()
         batches = self._batches()
         while self.state.step < self.config.steps:
+            if self._controllers_have_settled():
+                self._enter_sparse_phase()
             step, started = self.state.step, time.monotonic()
             tasks = self.feed.tasks(step, self.engine.num_devices)
             groups = [[self._next(batches) for _ in group] for group in self.engine.devices()]
@@ -97,6 +109,28 @@ class Trainer:
                 f"last was step {self.state.step - 1}): lower optimizer.learning_rate, or set optimizer.clip_norm."
             )
 
+    def _controllers_have_settled(self) -> bool:
+        due = self.state.step >= settled_step(self.config.steps, self.config.controller)
+        return self.config.controller.sparse and due and self.state.kept is None
+
+    def _enter_sparse_phase(self) -> None:
+        """Freezes the controllers and goes on with an engine that holds only the units on the tasks' paths."""
+        engine = self.engine
+        self.state.kept = engine.controller.units_on_paths()
+        before = len(dict(engine.model.named_parameters()))
+        reader = CheckpointReader(self._save())
+        engine.close()
+        del self.engine, engine
+        gc.collect()
+        self.engine = self._build(reader)
+        units = sum(self.engine.model.backbone.units)
+        gone = before - len(dict(self.engine.model.named_parameters()))
+        self.observer.say(
+            f"sparse phase from step {self.state.step}: the controllers are frozen, and "
+            f"{units - sum(map(len, reader.state.kept or []))} of {units} units, on no task's path, are dropped "
+            f"({gone} of {before} parameters)"
+        )
+
     def _evaluate_and_save(self) -> None:
         step, config = self.state.step, self.config
         last = step == config.steps
@@ -115,32 +149,43 @@ class Trainer:
         """The network with whole parameters: at stage 3 a copy, for ranks must not gather at different times."""
         if self.config.engine.zero_stage < 3:
             return self.engine.model
-        model, _ = build_model(self.config.backbone, self.tasks, self.config.seed)
+        model, _ = build_model(self.config.backbone, self.tasks, self.config.seed, self.state.kept)
         model.load_state_dict(
             {**dict(self.engine.model.named_buffers()), **self.engine.full_parameters()}, strict=False
         )
         return model.to(self.device)
 
-    def _save(self) -> None:
-        self.engine.average_head_buffers()
-        shared = shared_tensors(self.engine.model, self.engine.controller, self.engine.controller_optimizer)
-        checkpoint.save(self.checkpoints, self.state, self.engine.fragments(), shared, self.config.checkpoint.keep)
+    def _save(self) -> Path:
+        engine, kept = self.engine, self.state.kept
+        engine.average_head_buffers()
+        shared = shared_tensors(engine.model, engine.controller, engine.controller_optimizer)
+        shared = {key: tensor for key, tensor in shared.items() if is_kept(key.removeprefix(BUFFER), kept)}
+        fragments = [fragment for fragment in engine.fragments() if is_kept(fragment.name, kept)]
+        path = checkpoint.save(self.checkpoints, self.state, fragments, shared, self.config.checkpoint.keep)
         self.observer.saved()
+        return path
 
-    def _resume(self) -> Path | None:
-        """Continues the run's last checkpoint, if there is one."""
-        found = checkpoint.complete(self.checkpoints)
-        if not found:
-            return None
-        reader = CheckpointReader(found[-1])
-        engine = self.engine
-        require_same_architecture(reader, engine.model, self.names)
-        if reader.state.seed != self.config.seed:
+    def _build(self, reader: CheckpointReader | None) -> SimtEngine:
+        """The engine at the start of the run, or as a checkpoint left it."""
+        config = self.config
+        kept = reader.state.kept if reader else None
+        model, controller = build_model(config.backbone, self.tasks, config.seed, kept)
+        agree(describe(model, self.feed.sizes))
+        if reader is None:
+            if config.backbone.pretrained is not None:
+                report = load_pretrained(
+                    model.backbone, config.backbone.pretrained, config.backbone.pretrained_noise, config.seed
+                )
+                self.observer.say(str(report))
+            return SimtEngine(model, controller, config, self.device)
+        require_same_architecture(reader, model, self.names)
+        if reader.state.seed != config.seed:
             raise UserError(
-                f"{reader.path} was trained with seed {reader.state.seed}, not {self.config.seed}: set seed to resume "
-                "it, or choose another output folder."
+                f"{reader.path} was trained with seed {reader.state.seed}, not {config.seed}: set seed to resume it, "
+                "or choose another output folder."
             )
+        engine = SimtEngine(model, controller, config, self.device)
         engine.load_fragments(reader.whole, reader.kinds)
         restore_shared(reader, engine.model, engine.controller, engine.controller_optimizer)
         self.state = reader.state
-        return reader.path
+        return engine
