@@ -1,4 +1,4 @@
-"""``gppf-ds export``."""
+"""``gppf-ds export`` and ``gppf-ds predict``."""
 
 from __future__ import annotations
 
@@ -9,19 +9,97 @@ from gppf_ds.train import recipe
 
 
 def export(arguments: list[str]) -> int:
-    """Writes each task's path as a plain timm model: safetensors, and the timm name and options to load it into."""
+    """Writes each task's path as a plain model: safetensors, a json that says what it is, and a model card."""
     parser = argparse.ArgumentParser(prog="gppf-ds export", description=export.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
     parser.add_argument("--task", nargs="+", metavar="TASK", help="only these tasks (default: all)")
     parser.add_argument("--output", type=Path, help="where to write (default: RUN/exports)")
+    parser.add_argument(
+        "--names", default="timm", help="parameter names of timm, torchvision, mmdet, mmseg, mmpretrain or detectron2"
+    )
+    parser.add_argument(
+        "--reestimate-bn",
+        type=_count,
+        default=0,
+        metavar="BATCHES",
+        help="measure running statistics of batch norms anew on this many training batches of the task (200 is usual)",
+    )
+    parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
+    parser.add_argument("--torch-export", action="store_true", help="write model.pt2 (torch.export) too")
+    parser.add_argument(
+        "--size",
+        nargs=2,
+        type=_count,
+        metavar=("H", "W"),
+        help="image size in pixels to compare and trace with (default: that of timm's model; for mmdet, mmseg 256 320)",
+    )
     options = parser.parse_args(arguments)
     run = recipe.read_run(options.run)
 
     from gppf_ds.train.restore import load_trained
-    from gppf_ds.transfer import extract
+    from gppf_ds.transfer import export as exporting
 
+    size = (options.size[0], options.size[1]) if options.size else None
+    how = exporting.Options(options.names, options.reestimate_bn, options.onnx, options.torch_export, size)
     trained = load_trained(options.run, options.checkpoint, run)
     for task in trained.require_tasks(options.task):
-        print(extract.export(trained, task, options.output or options.run / "exports"))
+        for file in exporting.export(trained, task, options.output or options.run / "exports", how, options.run):
+            print(file)
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def predict(arguments: list[str]) -> int:
+    """Runs tasks on images and writes what they find, one json per image; paths that begin alike run once."""
+    parser = argparse.ArgumentParser(prog="gppf-ds predict", description=predict.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE", help="image files")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
+    parser.add_argument("--task", nargs="+", metavar="TASK", help="only these tasks (default: all)")
+    parser.add_argument("--output", type=Path, help="where to write (default: RUN/predictions)")
+    options = parser.parse_args(arguments)
+    run = recipe.read_run(options.run)
+
+    import torch
+
+    from gppf_ds.train.restore import load_trained
+    from gppf_ds.transfer import predict as prediction
+
+    prediction.require_images(options.image)
+    trained = load_trained(options.run, options.checkpoint, run)
+    tasks = trained.require_tasks(options.task)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained.model.to(device)
+    for image in options.image:
+        done = prediction.predict(trained, tasks, image, device)
+        file = prediction.write(done, trained, image, options.output or options.run / "predictions")
+        print(f"{image} -> {file}")
+        for task, found in done.found.items():
+            print(f"  {task}: {found['summary']}")
+        print(f"  units run: {done.units_run} ({done.units_alone} without sharing)")
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    """Writes the weights of a checkpoint, DeepSpeed's or ours and of any ZeRO stage, as one plain safetensors file."""
+    parser = argparse.ArgumentParser(prog="gppf-ds convert", description=convert.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a run or a step of ours; DeepSpeed's folder or a tag")
+    parser.add_argument("output", type=Path, help="the safetensors file to write")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the values (fp32)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    options = parser.parse_args(arguments)
+
+    from gppf_ds.transfer import convert as conversion
+
+    done = conversion.convert(options.checkpoint, options.output, options.dtype, options.overwrite)
+    counts = f"{done.tensors} tensors, {done.parameters:,} parameters, {done.bytes:,} bytes"
+    print(f"{options.output}: {counts}, {options.dtype}")
+    if done.rounded:
+        print(f"  {done.rounded} tensors were saved in 16 bits only: their values are those")
     return 0

@@ -1,23 +1,20 @@
-"""Extraction: a task's path as a plain timm model (GPPF section 3.3). A renaming, with the same numbers."""
+"""Extraction: a task's path as a plain model (GPPF section 3.3). A renaming, with the same numbers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-import gppf_ds
-from gppf_ds.backbone.controller import Route
-from gppf_ds.backbone.lego import LegoBackbone, LegoLayer, Pass
-from gppf_ds.backbone.norm import NormPolicy
-from gppf_ds.config import BackboneConfig
-from gppf_ds.train.restore import Trained
+from gppf_ds.backbone.lego import LegoBackbone, LegoLayer
+from gppf_ds.errors import UserError
+
+Size = tuple[int, int]
+"""(height, width) in pixels."""
 
 
 def path_state(backbone: LegoBackbone, path: Sequence[int]) -> dict[str, Tensor]:
@@ -27,63 +24,130 @@ def path_state(backbone: LegoBackbone, path: Sequence[int]) -> dict[str, Tensor]
         backbone: trained.
         path: the unit of every lego layer.
     """
-    state = {}
-    for layer, unit in zip(backbone.layers, path, strict=True):
-        assert isinstance(layer, LegoLayer)
-        for name, tensor in layer.units[unit].state_dict().items():
-            state[layer.prefix + name] = tensor
-    return state
+    layers = _layers(backbone)
+    return _state(layers, [layer.units[str(unit)] for layer, unit in zip(layers, path, strict=True)])
 
 
-def plain_model(config: BackboneConfig, state: dict[str, Tensor]) -> Any:
-    """The timm model without a classifier that a path loads into, strictly."""
-    model = timm.create_model(config.name, pretrained=False, num_classes=0, **config.options)
+class ChosenPath(nn.Module):
+    """Copies of the units of a path, one after another, in evaluation mode: what the task's head was trained on.
+
+    It computes what the lego backbone computes along the path, also where no timm model does (deformable units, Swin
+    units that pad first).
+
+    Args:
+        backbone: trained; stays as it is.
+        path: the unit of every lego layer.
+
+    Attributes:
+        timm_model, timm_options: what ``timm.create_model`` makes the plain model of.
+        numbers: the unit of every layer, by the layers' names.
+        kinds: block classes of these units (``backbone.unit_blocks``).
+        strides: of the maps, finest first.
+        windowed: whether attention is within windows (Swin).
+    """
+
+    def __init__(self, backbone: LegoBackbone, path: Sequence[int]) -> None:
+        super().__init__()
+        self.timm_model = backbone.config.name
+        self.timm_options = backbone.timm_options
+        kinds = dict(enumerate(backbone.config.unit_blocks))
+        self.kinds = {kinds.get(unit, "plain") for unit in path}
+        self.strides = backbone.strides
+        self.layers = _layers(backbone)
+        chosen = list(zip(self.layers, path, strict=True))
+        self.numbers = {layer.name: unit for layer, unit in chosen}
+        self.units = nn.ModuleList(deepcopy(layer.units[str(unit)]) for layer, unit in chosen)
+        self.windowed = any(hasattr(module, "window_size") for module in self.units.modules())
+        self.eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) -> the maps that the head was trained on, (B, C, H / stride, W / stride), finest first."""
+        maps = []
+        x = images
+        for layer, unit in zip(self.layers, self.units, strict=True):
+            x = unit(layer.before(x))
+            if layer.tap is not None:
+                maps.append(layer.tap.as_map(x, (images.shape[-2], images.shape[-1])))
+        return tuple(maps)
+
+    def state(self) -> dict[str, Tensor]:
+        """Parameters and buffers under timm's names."""
+        return _state(self.layers, self.units)
+
+
+def _layers(backbone: LegoBackbone) -> list[LegoLayer]:
+    return [layer for layer in backbone.layers if isinstance(layer, LegoLayer)]
+
+
+def _state(layers: Sequence[LegoLayer], units: Sequence[nn.Module] | nn.ModuleList) -> dict[str, Tensor]:
+    return {
+        layer.timm_name(name): tensor
+        for layer, unit in zip(layers, units, strict=True)
+        for name, tensor in unit.state_dict().items()
+    }
+
+
+def probe(size: Size, images: int = 2) -> Tensor:
+    """Random images (images, 3, height, width), always the same ones."""
+    return torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(0))
+
+
+def relative_difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest absolute difference over the largest absolute value of ``ours``."""
+    return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12))
+
+
+def trained_size(path: ChosenPath) -> Size:
+    """The image size that timm's model was made for: its own, or ``img_size`` of the options."""
+    model = timm.create_model(path.timm_model, pretrained=False, **path.timm_options)
+    height, width = getattr(getattr(model, "patch_embed", None), "img_size", model.pretrained_cfg["input_size"][1:])
+    return height, width
+
+
+def plain_options(path: ChosenPath, size: Size) -> dict[str, Any]:
+    """Keyword arguments of ``timm.create_model`` for a model that computes what the path does on images of this size.
+
+    Only Swin asks: timm decides once, by its image size, whether the windows of the last stage are shifted; on larger
+    images the path shifts them, which timm does with ``always_partition``.
+    """
+    if path.windowed and any(side > own for side, own in zip(size, trained_size(path), strict=True)):
+        return {**path.timm_options, "always_partition": True}
+    return dict(path.timm_options)
+
+
+def plain_model(name: str, options: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
+    """The timm model that a path loads into, strictly; in evaluation mode.
+
+    Raises:
+        UserError: the path has parameters that timm's model has not.
+    """
+    model = timm.create_model(name, pretrained=False, **options)
+    if foreign := sorted(state.keys() - model.state_dict().keys()):
+        raise UserError(
+            f"the path has {len(foreign)} tensors that timm's {name} has no place for ({foreign[0]}, ...): it runs "
+            "through units of another kind (backbone.unit_blocks), which only --names mmdet, mmseg or detectron2 write."
+        )
     model.load_state_dict(state, strict=True)
     return model.eval()
 
 
 @torch.no_grad()
-def largest_difference(backbone: LegoBackbone, path: Sequence[int], model: Any, size: int = 64) -> float:
-    """The largest difference between the last maps of a path and its plain model, relative to the largest value."""
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    route = Route(torch.ones(len(backbone.layers), max(backbone.units)), tuple(path))
-    ours = backbone.eval()([Pass(images, route)], NormPolicy())[0][-1]
-    return float((ours - model.forward_features(images)).abs().max() / ours.abs().max().clamp_min(1e-12))
-
-
-def export(trained: Trained, task: str, folder: Path) -> Path:
-    """Writes ``folder/task/model.safetensors`` and ``model.json``, after comparing the plain model with the path.
+def largest_difference(path: ChosenPath, model: Any, size: Size = (64, 64)) -> float:
+    """How far timm's own forward is from the path: of the last maps, relative to the largest value.
 
     Args:
-        trained: the network.
-        task: whose path to write.
-        folder: of all exports.
-
-    Returns:
-        The safetensors file.
+        path: a task's.
+        model: of timm, in evaluation mode.
+        size: of the images to compare on.
 
     Raises:
-        RuntimeError: the plain model does not give the numbers of the path.
+        UserError: timm's model takes no images of this size.
     """
-    backbone, path = trained.model.backbone, trained.controller.path(task)
-    state = {name: tensor.contiguous().clone() for name, tensor in path_state(backbone, path).items()}
-    target = folder / task
-    target.mkdir(parents=True, exist_ok=True)
-    file = target / "model.safetensors"
-    save_file(state, file, metadata={"format": "pt"})
-    model = plain_model(backbone.config, load_file(file))
-    difference = largest_difference(backbone, path, model)
-    if difference > 1e-5:
-        raise RuntimeError(f"the exported model of {task} differs from its path by {difference:.1e}; nothing is usable")
-    description = {
-        "task": task,
-        "timm_model": backbone.config.name,
-        "timm_options": {**backbone.config.options, "num_classes": 0},
-        "path": {layer.name: unit for layer, unit in zip(backbone.layers, path, strict=True)},
-        "checkpoint": trained.path.name,
-        "step": trained.step,
-        "difference_to_path": difference,
-        "gppf_ds": gppf_ds.__version__,
-    }
-    (target / "model.json").write_text(json.dumps(description, indent=1) + "\n")
-    return file
+    images = probe(size)
+    try:
+        [theirs] = model.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"timm's {path.timm_model} takes no images of {size[0]} x {size[1]} ({error}): give another --size."
+        ) from error
+    return relative_difference(path(images)[-1], theirs)

@@ -1,0 +1,184 @@
+"""What do lego layers cost, next to a static network and next to timm's own model?
+
+All arms live in one process and take turns, step by step; a ratio is that of two neighbouring steps. A step is forward
+and backward of the backbone in training (evaluation: forward alone) on one batch of random images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import timm
+import torch
+from torch import Tensor, nn
+
+from gppf_ds.backbone.controller import Controller
+from gppf_ds.backbone.lego import LegoBackbone, Pass
+from gppf_ds.backbone.norm import NormPolicy
+from gppf_ds.config import BackboneConfig
+from gppf_ds.simt.engine import start_distributed
+from gppf_ds.transfer.extract import path_state
+
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet50": {"layers": [1, 2, 2, 1], "channels": [32, 64, 96, 128]},
+    "swin_tiny_patch4_window7_224": {"embed_dim": 48, "depths": [1, 1, 2, 1], "num_heads": [2, 4, 8, 16]},
+    "vit_tiny_patch16_224": {"depth": 4},
+}
+"""Narrow ones, for a CPU; ``--full`` takes the models as timm has them."""
+
+AIMS = {
+    "soft N=2 / static": (0.0, 2.05),
+    "hard N=2 / static": (0.0, 1.1),
+    "exported path / timm, training": (0.97, 1.03),
+    "exported path / timm, evaluation": (0.97, 1.03),
+}
+"""The comparisons, and where the median ratio of step times is to lie."""
+
+MEBI = 2**20
+
+
+@dataclass
+class Bench:
+    """The arms of one model."""
+
+    name: str
+    options: Mapping[str, Any]
+    images: Tensor
+
+    def lego(self, units: int, routing: str, checkpoint: bool = False) -> tuple[LegoBackbone, Callable[[int], None]]:
+        """A lego backbone in training, and its step."""
+        config = BackboneConfig(name=self.name, options=dict(self.options), units=units, checkpoint=checkpoint)
+        backbone = LegoBackbone(config).to(self.images.device).train()
+        controller = Controller(["task"], backbone.units).to(self.images.device)
+        route = controller.hard_route if routing == "hard" else controller.soft_route
+
+        def step(number: int) -> None:
+            passing = Pass(self.images, route("task", controller.noise(0, number, 0), 1.0), (0, number, 0))
+            _backward(backbone([passing], NormPolicy())[0][-1], backbone, controller)
+
+        return backbone, step
+
+    def timm_steps(self) -> dict[str, Callable[[int], None]]:
+        """timm's own model, and another of the same class that an exported path was loaded into."""
+        backbone, _ = self.lego(2, "soft")
+        state = path_state(backbone, [number % 2 for number in range(len(backbone.layers))])
+        own, exported = (timm.create_model(self.name, **backbone.timm_options) for _ in range(2))
+        exported.load_state_dict(state, strict=True)
+        steps = {}
+        for arm, model in {"timm": own, "exported path": exported}.items():
+            for mode in ("training", "evaluation"):
+                steps[f"{arm}, {mode}"] = _plain_step(model.to(self.images.device), self.images, mode == "training")
+        return steps
+
+    def memory(self, checkpoint: bool) -> int:
+        """Bytes that a training step holds for backward (GPU: its peak), soft, N = 2."""
+        backbone, step = self.lego(2, "soft", checkpoint)
+        if self.images.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step(0)
+            return torch.cuda.max_memory_allocated() - before
+        saved = harness.SavedActivations(backbone)
+        with saved.counting():
+            step(0)
+        return saved.peak
+
+
+def _plain_step(model: Any, images: Tensor, training: bool) -> Callable[[int], None]:
+    def step(number: int) -> None:
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            out = model.forward_features(images)
+        if training:
+            _backward(out, model)
+
+    return step
+
+
+def _backward(out: Tensor, *modules: nn.Module) -> None:
+    out.float().square().mean().backward()
+    for module in modules:
+        module.zero_grad()
+
+
+def measure(bench: Bench, warmup: int, steps: int) -> dict[str, Any]:
+    """Times, their ratios, and the memory of activation checkpointing, of one model."""
+    arms = {
+        "static": bench.lego(1, "soft")[1],
+        "soft N=2": bench.lego(2, "soft")[1],
+        "hard N=2": bench.lego(2, "hard")[1],
+        **bench.timm_steps(),
+    }
+    seconds = harness.interleaved(arms, bench.images.device, warmup, steps)
+    pairs = {comparison: _pair(comparison) for comparison in AIMS}
+    ratios = {
+        comparison: harness.spread([a / b for a, b in zip(seconds[one], seconds[other], strict=True)])
+        for comparison, (one, other) in pairs.items()
+    }
+    return {
+        "milliseconds": {name: 1000 * statistics.median(values) for name, values in seconds.items()},
+        "ratios": ratios,
+        "memory": {"plain": bench.memory(False), "checkpoint": bench.memory(True)},
+    }
+
+
+def _pair(comparison: str) -> tuple[str, str]:
+    """The two arms of a comparison."""
+    arms, _, mode = comparison.partition(", ")
+    one, other = arms.split(" / ")
+    return (f"{one}, {mode}", f"{other}, {mode}") if mode else (one, other)
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """One line for each model and comparison."""
+    rows = [["model", "comparison", "time ratio: median (min - max)", "aim", ""]]
+    for name, found in result.items():
+        for comparison, ratio in found["ratios"].items():
+            low, high = AIMS[comparison]
+            met = "met" if low <= ratio["median"] <= high else "not met"
+            aim = f"{low:.2f} - {high:.2f}" if low else f"<= {high:.2f}"
+            shown = f"{ratio['median']:.3f} ({ratio['min']:.3f} - {ratio['max']:.3f})"
+            rows.append([name, comparison, shown, aim, met])
+    memory = [["model", "activations MiB", "checkpointed MiB", "ratio"]]
+    for name, found in result.items():
+        plain, kept = found["memory"]["plain"], found["memory"]["checkpoint"]
+        memory.append([name, f"{plain / MEBI:.1f}", f"{kept / MEBI:.1f}", f"{kept / plain:.3f}"])
+    return f"{harness.table(rows)}\n\n{harness.table(memory)}"
+
+
+def main() -> None:
+    """Measures, prints the tables and writes the json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of timm (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="the models as timm has them, not narrow ones")
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of every arm (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="images (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for the json")
+    args = parser.parse_args()
+    unknown = [name for name in args.models if name not in MODELS and not args.full]
+    if unknown or min(args.steps, args.batch_size) < 1:
+        sys.exit(f"{unknown} need --full" if unknown else "--steps and --batch-size start at 1")
+    device = start_distributed(600.0)
+    result = {}
+    for name in args.models:
+        images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=device)
+        bench = Bench(name, {} if args.full else MODELS[name], images)
+        result[name] = measure(bench, args.warmup, args.steps)
+        print(json.dumps({name: result[name]["milliseconds"]}), file=sys.stderr)
+    print(report(result))
+    settings = {key: getattr(args, key) for key in ("models", "full", "steps", "warmup", "batch_size", "image_size")}
+    harness.save("backbones", {**settings, "ranks": 1}, result, args.results)
+
+
+if __name__ == "__main__":
+    main()
