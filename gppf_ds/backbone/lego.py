@@ -149,14 +149,18 @@ class LegoBackbone(nn.Module):
         if hasattr(model, "no_weight_decay"):
             self._undecayed = set(model.no_weight_decay())
         blocks = self.family.split(model)
-        kinds = self.config.unit_blocks
-        kind = kinds[unit % len(kinds)] if kinds else "plain"
+        kind = self.block_class(unit)
         if kind == "plain":
             return blocks
         if kind not in self.family.variants:
             known = ", ".join(["plain", *self.family.variants])
             raise UserError(f"backbone.unit_blocks: {name} has no {kind} blocks (it has {known}).")
         return [self.family.variants[kind](block) for block in blocks]
+
+    def block_class(self, unit: int) -> str:
+        """Of a unit of any layer, as ``backbone.unit_blocks`` names it."""
+        kinds = self.config.unit_blocks
+        return kinds[unit % len(kinds)] if kinds else "plain"
 
     def undecayed(self) -> set[str]:
         """The parameters that timm exempts from weight decay (position embeddings, tokens), by their names here."""

@@ -126,6 +126,7 @@ class SimtEngine:
             dist_init_required=False,
         )[0]
         self.model: SimtModel = self.engine.module
+        self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.model.named_parameters()}
         self.owners = {name: owner_of(name) for name, _ in self.model.named_parameters()}
         self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         self.masked = None
@@ -252,7 +253,10 @@ class SimtEngine:
     def fragments(self) -> list[Fragment]:
         """Every parameter part that this rank owns, with its optimizer state; together the ranks own each part once."""
         optimizer = self.masked.optimizer if self.masked is not None else self.engine.optimizer
-        return fragments_of(self._owned(), optimizer.state if optimizer is not None else {})
+        fragments = fragments_of(self._owned(), optimizer.state if optimizer is not None else {})
+        for fragment in fragments:
+            fragment.shape = self.shapes[fragment.name]
+        return fragments
 
     def load_fragments(self, whole: Callable[[str, str], Tensor], kinds: Callable[[str], list[str]]) -> None:
         """Sets parameters and optimizer state from whole, flat tensors.

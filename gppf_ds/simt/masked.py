@@ -99,6 +99,8 @@ class Fragment:
     """The fp32 values that the optimizer steps, flat."""
     state: dict[str, Tensor]
     """Optimizer state by name; tensors of the master's length, or single numbers."""
+    shape: tuple[int, ...] = ()
+    """Of the whole parameter."""
 
 
 def fragments_of(views: Iterable[tuple[str, int, Tensor]], state: Mapping[Tensor, Mapping[str, Any]]) -> list[Fragment]:

@@ -66,7 +66,9 @@ def save(folder: Path, state: TrainState, fragments: Iterable[Fragment], shared:
     dist.barrier()
     entries = {}
     name = f"rank-{rank:05d}.safetensors"
-    entries[name] = _write(building / name, {_key(f, kind): t for f in fragments for kind, t in _slices(f)})
+    fragments = list(fragments)
+    slices = {_key(f, kind): tensor for f in fragments for kind, tensor in _slices(f)}
+    entries[name] = _write(building / name, slices, {f.name: json.dumps(f.shape) for f in fragments})
     if rank == 0:
         entries["shared.safetensors"] = _write(building / "shared.safetensors", shared)
         (building / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=1))
@@ -102,9 +104,12 @@ class CheckpointReader:
         self.path = path
         ranks = self._verified_ranks()
         self.state = self._state()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Of the whole parameters."""
         self._slices: dict[tuple[str, str], list[tuple[int, Any, str]]] = defaultdict(list)
         for file in ranks:
             tensors = safe_open(file, "pt")
+            self.shapes |= {name: tuple(json.loads(shape)) for name, shape in (tensors.metadata() or {}).items()}
             for key in tensors.keys():  # noqa: SIM118 (not a mapping)
                 name, start, kind = key.rsplit("@", 2)
                 self._slices[name, kind].append((int(start), tensors, key))
@@ -125,9 +130,13 @@ class CheckpointReader:
 
     def whole(self, name: str, kind: str = MASTER) -> Tensor:
         """All of a parameter (or of one of its state tensors), flat; a number for a state that is one number."""
-        slices = sorted(self._slices[name, kind], key=lambda part: part[0])
-        parts = [tensors.get_tensor(key) for _, tensors, key in slices]
+        parts = self.parts(name, kind)
         return parts[0].clone() if parts[0].dim() == 0 else torch.cat(parts)
+
+    def parts(self, name: str, kind: str = MASTER) -> list[Tensor]:
+        """The slices that make up :meth:`whole`, in order, as they lie in the files."""
+        slices = sorted(self._slices[name, kind], key=lambda part: part[0])
+        return [tensors.get_tensor(key) for _, tensors, key in slices]
 
     def _verified_ranks(self) -> list[Path]:
         """The files that the ranks wrote, after all files have been checked against the manifest."""
@@ -162,8 +171,8 @@ def _key(fragment: Fragment, kind: str) -> str:
     return f"{fragment.name}@{fragment.start}@{kind}"
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path)
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
+    save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, metadata)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return _describe(path)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gppf_ds.config import ScheduleConfig
+from gppf_ds.errors import UserError
 from gppf_ds.simt.loader import UnreadableSamples
 from gppf_ds.train.feed import Feed
 from gppf_ds.train.recipe import Recipe
@@ -36,11 +37,15 @@ def reestimate(path: nn.Module, recipe: Recipe, task: str, batches: int, device:
         The number of batch norms; without any nothing is read.
 
     Raises:
-        UserError: the samples cannot be read.
+        UserError: the data are not there, or the samples cannot be read.
     """
     norms = [module for module in path.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     if not norms:
         return 0
+    try:
+        recipe.tasks[task].check()
+    except UserError as error:
+        raise UserError(f"--reestimate-bn reads the data of tasks.{task}: {error}") from error
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()

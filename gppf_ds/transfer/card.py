@@ -99,10 +99,11 @@ def text(about: Mapping[str, Any], loaded: Loading) -> str:
 
 
 def _head(about: Mapping[str, Any]) -> str:
+    head = ", and its head" if about["full_model"] else ", without its head"
     data = f" on {about['data']}" if about["data"] else ""
     return f"""# {about["task"]}: {about["timm_model"]}
 
-The backbone of one task ({about["kind"]}{data}), {about["parameters"] / 1e6:.2f} million parameters, without its head.
+The backbone of one task ({about["kind"]}{data}), {about["parameters"] / 1e6:.2f} million parameters{head}.
 It was trained together with other tasks by gppf_ds and is the path that this task chose through their common lego
 backbone: a plain model that needs nothing of it."""
 
@@ -121,6 +122,12 @@ def _loading(about: Mapping[str, Any], loaded: Loading) -> str:
         )
     if loaded.remark:
         parts.append(loaded.remark)
+    if full := about["full_model"]:
+        calls = {
+            "classifier.json": "timm's name and options of the whole classifier; weights in `classifier.safetensors`",
+            "config.py": "with `checkpoint.pth` the whole model, for the library's own inference functions and tools",
+        }
+        parts.append("\n".join(f"- `{file}`: {calls[file]}." for file in full if file in calls))
     if graph := about["graph"]:
         calls = {
             ONNX_FILE: f"its outputs are {_listed(graph['outputs'])}",

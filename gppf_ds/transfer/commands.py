@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
+from gppf_ds.errors import UserError
 from gppf_ds.train import recipe
 
 
@@ -25,6 +27,11 @@ def export(arguments: list[str]) -> int:
         metavar="BATCHES",
         help="measure running statistics of batch norms anew on this many training batches of the task (200 is usual)",
     )
+    parser.add_argument(
+        "--head",
+        action="store_true",
+        help="write the head too: a full timm classifier, mmdet detector, mmseg segmentor",
+    )
     parser.add_argument("--onnx", action="store_true", help="write model.onnx too")
     parser.add_argument("--torch-export", action="store_true", help="write model.pt2 (torch.export) too")
     parser.add_argument(
@@ -41,11 +48,20 @@ def export(arguments: list[str]) -> int:
     from gppf_ds.transfer import export as exporting
 
     size = (options.size[0], options.size[1]) if options.size else None
-    how = exporting.Options(options.names, options.reestimate_bn, options.onnx, options.torch_export, size)
+    how = exporting.Options(
+        options.names, options.reestimate_bn, options.head, options.onnx, options.torch_export, size
+    )
     trained = load_trained(options.run, options.checkpoint, run)
+    folder = options.output or options.run / "exports"
     for task in trained.require_tasks(options.task):
-        for file in exporting.export(trained, task, options.output or options.run / "exports", how, options.run):
-            print(file)
+        try:
+            files = exporting.export(trained, task, folder, how, options.run)
+        except UserError as error:
+            if options.task or not options.head:
+                raise
+            print(f"{task}: only the backbone, because {error}")
+            files = exporting.export(trained, task, folder, replace(how, head=False), options.run)
+        print(*files, sep="\n")
     return 0
 
 

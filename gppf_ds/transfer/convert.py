@@ -1,7 +1,6 @@
 """Conversion: a checkpoint of any ZeRO stage as one plain safetensors file, written piece by piece.
 
-A checkpoint of DeepSpeed's stays on disk: its files are mapped, and memory never holds more than one tensor. Of a
-checkpoint of ours the network is built, which gives the shapes: memory holds one copy of the weights and one tensor.
+Checkpoints stay on disk: their files are mapped, and memory never holds more than one tensor.
 """
 
 from __future__ import annotations
@@ -17,6 +16,8 @@ from pathlib import Path
 import torch
 
 from gppf_ds.errors import UserError
+from gppf_ds.train.checkpoint import CheckpointReader, complete
+from gppf_ds.train.restore import BUFFER, CONTROLLER
 from gppf_ds.transfer import deepspeed_files
 from gppf_ds.transfer.deepspeed_files import PlainTensor
 
@@ -90,9 +91,12 @@ def _read(folder: Path) -> dict[str, PlainTensor]:
     if any(folder.glob("*_states.pt")):
         return deepspeed_files.read(folder)
     if (folder / "config.yaml").is_file():
-        return _ours(folder, None)
+        steps = complete(folder / "checkpoints")
+        if not steps:
+            raise UserError(f"{folder} has no complete checkpoint: train it first.")
+        return _ours(steps[-1])
     if (folder / "manifest.json").is_file() or any(folder.glob("rank-*.safetensors")):
-        return _ours(folder.resolve().parents[1], folder)
+        return _ours(folder)
     tags = sorted({path.parent.name for path in folder.glob("*/*_states.pt")})
     remedy = f"give the folder of one of its tags ({', '.join(tags)})" if tags else "give another folder"
     raise UserError(
@@ -101,19 +105,17 @@ def _read(folder: Path) -> dict[str, PlainTensor]:
     )
 
 
-def _ours(run: Path, step: Path | None) -> dict[str, PlainTensor]:
-    """Our slices carry no shapes: the run's recipe gives them."""
-    from gppf_ds.train.recipe import read_run
-    from gppf_ds.train.restore import CONTROLLER, load_trained
-
-    if not (run / "config.yaml").is_file():
-        raise UserError(
-            f"{step} lies outside its run, whose config.yaml gives the shapes: put it back into RUN/checkpoints."
-        )
-    trained = load_trained(run, step, read_run(run))
-    buffers = {name for name, _ in trained.model.named_buffers()}
-    tensors = {name: PlainTensor.whole(t, name in buffers) for name, t in trained.model.state_dict().items()}
-    return tensors | {CONTROLLER + task: PlainTensor.whole(row) for task, row in trained.controller.logits.items()}
+def _ours(step: Path) -> dict[str, PlainTensor]:
+    """The whole network, from slices that stay in their files until they are written."""
+    reader = CheckpointReader(step)
+    parameters = {name: PlainTensor(shape, reader.parts(name)) for name, shape in sorted(reader.shapes.items())}
+    buffers = {
+        key.removeprefix(BUFFER): PlainTensor.whole(tensor, buffer=True)
+        for key, tensor in sorted(reader.shared.items())
+        if key.startswith(BUFFER)
+    }
+    rows = {key: PlainTensor.whole(t) for key, t in sorted(reader.shared.items()) if key.startswith(CONTROLLER)}
+    return parameters | buffers | rows
 
 
 def _write(output: Path, tensors: Mapping[str, PlainTensor], dtype: torch.dtype) -> int:

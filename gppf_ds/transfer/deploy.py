@@ -59,8 +59,7 @@ def write(path: ChosenPath, size: Size, folder: Path, onnx: bool, program: bool)
         program: whether to write ``model.pt2``.
 
     Raises:
-        UserError: torch cannot trace the path, or cannot express it in ONNX.
-        RuntimeError: a graph does not give the numbers of the path.
+        UserError: torch cannot trace the path, cannot express it in ONNX, or the graph gives other numbers.
     """
     stride = max(path.strides)
     free = not path.windowed and all(side % stride == 0 and side > stride for side in size)
@@ -75,7 +74,7 @@ def write(path: ChosenPath, size: Size, folder: Path, onnx: bool, program: bool)
         _write_onnx(traced, names, folder / ONNX_FILE)
         runs[ONNX_FILE] = _onnx_session(folder / ONNX_FILE)
     sizes = [size, (size[0] + stride, 2 * stride)] if free else [size]
-    worst = max(_difference(path, run, sizes, folder / file) for file, run in runs.items())
+    worst = max(_difference(path, run, sizes, file) for file, run in runs.items())
     inputs = (
         f"(B, 3, H, W), any B; H and W multiples of {stride} from {2 * stride} on"
         if free
@@ -117,17 +116,17 @@ def _onnx_session(file: Path) -> Callable[[Tensor], list[Tensor]]:
 
 
 @torch.no_grad()
-def _difference(
-    path: ChosenPath, run: Callable[[Tensor], Sequence[Tensor]], sizes: Sequence[Size], file: Path
-) -> float:
+def _difference(path: ChosenPath, run: Callable[[Tensor], Sequence[Tensor]], sizes: Sequence[Size], file: str) -> float:
     worst = 0.0
     for count, size in enumerate(sizes, start=2):
         images = probe(size, count)
         pairs = zip(path(images), run(images), strict=True)
         worst = max(worst, *(relative_difference(ours, theirs) for ours, theirs in pairs))
     if not worst <= LARGEST_DIFFERENCE:
-        file.unlink()
-        raise RuntimeError(f"{file.name} differs from the path by {worst:.1e}, and was removed")
+        raise UserError(
+            f"{file} differs from the path by {worst:.1e} of the largest value, more than {LARGEST_DIFFERENCE:.0e}: "
+            "leave it out, or give another --size."
+        )
     return worst
 
 

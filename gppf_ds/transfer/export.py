@@ -15,8 +15,11 @@ from gppf_ds.errors import UserError
 from gppf_ds.train.restore import Trained
 from gppf_ds.transfer import batch_norms, card, deploy, loading
 from gppf_ds.transfer.extract import ChosenPath, Size, trained_size
+from gppf_ds.transfer.with_head import export_with_head
 
 WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE = "model.safetensors", "model.json", "README.md"
+
+FULL_MODEL_FILES = ("classifier.safetensors", "classifier.json", "config.py", "checkpoint.pth")
 
 DENSE_SIZE = (256, 320)
 """Not the size of a classifier: there Swin in mmdet and mmseg computes otherwise than at all others."""
@@ -30,6 +33,8 @@ class Options:
     """Whose parameter names the file has: one of :data:`gppf_ds.backbone.names.CONVENTIONS`."""
     reestimate: int = 0
     """Measure the running statistics of batch norms anew on this many training batches of the task; 0 keeps them."""
+    head: bool = False
+    """Write the full model, path and head, too."""
     onnx: bool = False
     program: bool = False
     """Write what ``torch.export`` makes of the path, too."""
@@ -41,7 +46,8 @@ class Options:
 def export(
     trained: Trained, task: str, folder: Path, options: Options | None = None, run: Path | None = None
 ) -> list[Path]:
-    """Writes ``folder/task/``: ``model.safetensors``, ``model.json``, ``README.md``, ``model.onnx``, ``model.pt2``.
+    """Writes ``folder/task/``: ``model.safetensors``, ``model.json``, ``README.md``, ``model.onnx``, ``model.pt2``, and
+    what :func:`gppf_ds.transfer.with_head.export_with_head` writes.
 
     The files have been loaded back and compared with the path before this returns.
 
@@ -56,7 +62,7 @@ def export(
         The files.
 
     Raises:
-        UserError: the names have no place for this path, a package is missing, or it cannot be traced.
+        UserError: the names have no place for this path, a package or the data are missing, or it cannot be traced.
         RuntimeError: what was written does not give the numbers of the path.
     """
     options = options or Options()
@@ -69,20 +75,24 @@ def export(
     target = _emptied(folder / task)
     weights = target / WEIGHTS_FILE
     save_file({name: tensor.contiguous().clone() for name, tensor in named.items()}, weights, {"format": "pt"})
+    graph = None
+    full: list[Path] = []
     try:
         loaded = loading.check(path, options.names, weights, size)
+        if options.onnx or options.program:
+            graph = deploy.write(path, size, target, options.onnx, options.program)
+        if options.head:
+            full = export_with_head(trained, task, path, target)
     except (UserError, RuntimeError):
-        weights.unlink()
+        _emptied(target)
         raise
-    graph, graphs = None, []
-    if options.onnx or options.program:
-        graph = deploy.write(path, size, target, options.onnx, options.program)
-        graphs = [target / file for file in graph.files]
     description = card.describe(trained, task, path, loaded, size, options.names, statistics, graph)
+    description |= {"full_model": [file.name for file in full]}
     description |= {"evaluation": card.last_evaluation(run, task, trained.step)}
     (target / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n")
     (target / CARD_FILE).write_text(card.text(description, loaded))
-    return [weights, target / DESCRIPTION_FILE, target / CARD_FILE, *graphs]
+    written = [WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE, *(graph.files if graph else ())]
+    return [target / name for name in written] + full
 
 
 def _reestimate(path: ChosenPath, trained: Trained, task: str, batches: int) -> dict[str, Any]:
@@ -94,7 +104,14 @@ def _reestimate(path: ChosenPath, trained: Trained, task: str, batches: int) -> 
 def _emptied(target: Path) -> Path:
     """The folder without the files of an earlier export, which may be of another checkpoint."""
     target.mkdir(parents=True, exist_ok=True)
-    for name in (WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE, f"{deploy.ONNX_FILE}*", deploy.PROGRAM_FILE):
+    for name in (
+        WEIGHTS_FILE,
+        DESCRIPTION_FILE,
+        CARD_FILE,
+        f"{deploy.ONNX_FILE}*",
+        deploy.PROGRAM_FILE,
+        *FULL_MODEL_FILES,
+    ):
         for file in target.glob(name):
             file.unlink()
     return target

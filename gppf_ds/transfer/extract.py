@@ -50,8 +50,7 @@ class ChosenPath(nn.Module):
         super().__init__()
         self.timm_model = backbone.config.name
         self.timm_options = backbone.timm_options
-        kinds = dict(enumerate(backbone.config.unit_blocks))
-        self.kinds = {kinds.get(unit, "plain") for unit in path}
+        self.kinds = {backbone.block_class(unit) for unit in path}
         self.strides = backbone.strides
         self.layers = _layers(backbone)
         chosen = list(zip(self.layers, path, strict=True))

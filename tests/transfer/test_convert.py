@@ -180,7 +180,7 @@ def untrained_run(recipe: dict[str, Any], folder: Path, channels: list[int]) -> 
     file = write_recipe({**recipe, "backbone": {"name": "resnet50", "options": options}}, folder, "config.yaml")
     read = read_run(file.parent)
     model, controller = build_model(read.config.backbone, read.tasks, read.config.seed)
-    fragments = [Fragment(name, 0, p.detach().flatten(), {}) for name, p in model.named_parameters()]
+    fragments = [Fragment(name, 0, p.detach().flatten(), {}, tuple(p.shape)) for name, p in model.named_parameters()]
     shared = shared_tensors(model, controller, torch.optim.Adam(controller.parameters()))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=0, world_size=1)
     try:
@@ -190,14 +190,13 @@ def untrained_run(recipe: dict[str, Any], folder: Path, channels: list[int]) -> 
     return folder
 
 
-def test_memory_holds_one_copy_of_ours(light_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_memory_never_holds_more_than_a_tensor_of_ours(light_recipe: dict[str, Any], tmp_path: Path) -> None:
     small = untrained_run(light_recipe, tmp_path / "small", [8, 8, 16, 16])
     large = untrained_run(light_recipe, tmp_path / "large", [48, 96, 192, 384])
     file = tmp_path / "plain.safetensors"
     grown = growth(small, large, file)
-    copy = file.stat().st_size
-    assert copy > 36e6
-    assert grown < copy + 16e6
+    assert file.stat().st_size > 36e6
+    assert grown < 9e6
 
 
 SHARDS = [
@@ -350,10 +349,9 @@ def test_our_own_checkpoints_convert_under_the_names_of_the_module(
     assert all(torch.equal(got[n], shared[f"buffer.{n}"]) for n in got if n not in masters)
     assert summary.tensors == len(got) + 2
 
-    moved = shutil.move(step, tmp_path / "elsewhere" / step.name)
-    with pytest.raises(UserError, match="outside its run"):
-        convert(Path(moved), tmp_path / "moved.safetensors")
-    next(Path(moved).glob("rank-00001*")).unlink()
-    shutil.move(moved, step)
+    moved = Path(shutil.move(step, tmp_path / "elsewhere" / step.name))
+    convert(moved, tmp_path / "moved.safetensors")
+    assert (tmp_path / "moved.safetensors").read_bytes() == (tmp_path / "same.safetensors").read_bytes()
+    next(moved.glob("rank-00001*")).unlink()
     with pytest.raises(UserError, match=r"rank-00001\.safetensors is missing"):
-        convert(step, tmp_path / "moved.safetensors")
+        convert(moved, tmp_path / "broken.safetensors")

@@ -27,7 +27,7 @@ from gppf_ds.tasks.task import Task
 from gppf_ds.train import recipe
 from gppf_ds.train.checkpoint import TrainState, save
 from gppf_ds.train.restore import Trained, build_model, shared_tensors
-from gppf_ds.transfer import loading
+from gppf_ds.transfer import deploy, loading
 from gppf_ds.transfer.commands import export as command
 from gppf_ds.transfer.export import Options, export
 from gppf_ds.transfer.extract import ChosenPath
@@ -216,6 +216,18 @@ def test_the_command_writes_all(
     assert command(line) == 0
     assert {file.name for file in (tmp_path / "digits").iterdir()} == set(FILES)
     assert not torch.equal(load_file(tmp_path / "digits/model.safetensors")["bn1.running_mean"], measured)
+
+
+def test_a_failed_graph_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "LARGEST_DIFFERENCE", -1.0)
+    with pytest.raises(UserError, match=r"model\.pt2 differs"):
+        export(trained(), "a", tmp_path, Options(program=True, size=(64, 64)))
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_missing_data_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--reestimate-bn reads the data of tasks\.a: .*somewhere"):
+        export(trained(), "a", tmp_path, Options(reestimate=3))
 
 
 @pytest.mark.parametrize("wrong", [["--size", "0", "64"], ["--reestimate-bn", "many"]])

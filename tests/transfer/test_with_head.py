@@ -27,7 +27,8 @@ from gppf_ds.tasks.openmm import OpenMMTask, scope
 from gppf_ds.tasks.segmentation import Segmentation
 from gppf_ds.tasks.task import FeatureInfo, Task
 from gppf_ds.train.restore import Trained
-from gppf_ds.transfer.with_head import export_with_head
+from gppf_ds.transfer import with_head
+from gppf_ds.transfer.extract import ChosenPath
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -42,6 +43,11 @@ def families(monkeypatch: pytest.MonkeyPatch) -> None:
     known = {"resnet": resnet, "swin_transformer": swin, "convnext": convnext, "vision_transformer": vit}
     for name, family in known.items():
         monkeypatch.setitem(lego.FAMILIES, name, family.FAMILY)
+
+
+def export_with_head(network: Trained, task: str, folder: Path) -> list[Path]:
+    path = ChosenPath(network.model.backbone, network.controller.path(task))
+    return with_head.export_with_head(network, task, path, folder)
 
 
 def trained(task: Task, name: str, options: dict[str, Any], kind: str = "plain") -> Trained:
@@ -107,7 +113,7 @@ def test_mmdet_finds_what_the_path_finds(
     task = detection(demo_data / "scenes")
     network = trained(task, name, options, kind)
     files = export_with_head(network, "task", tmp_path)
-    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["task/config.py", "task/checkpoint.pth"]
+    assert [file.relative_to(tmp_path).as_posix() for file in files] == ["config.py", "checkpoint.pth"]
     with scope("mmdet"):
         from mmdet.apis import inference_detector, init_detector
 
