@@ -91,14 +91,36 @@ class LegoLayer(nn.Module):
             seed_global_generators(seed, FORWARD, step, device, self.index, unit, position)
 
         outputs = self.lockstep(list(self.units.values()), lanes, batch_norm, reseed)
-        mixed: list[Tensor | None] = [None] * len(passes)
-        for (device, unit), y in zip(owners, outputs, strict=True):
-            route = passes[device].route
-            if route.path is None or route.weights.requires_grad:
-                y = y * route.weights[self.index, unit].to(y.dtype)
-            previous = mixed[device]
-            mixed[device] = y if previous is None else previous + y
-        return tuple(y for y in mixed if y is not None)
+        mixed = []
+        for device, one in enumerate(passes):
+            units = [unit for owner, unit in owners if owner == device]
+            ys = [y for (owner, _), y in zip(owners, outputs, strict=True) if owner == device]
+            if one.route.path is None or one.route.weights.requires_grad:
+                mixed.append(_WeightedSum.apply(one.route.weights[self.index, units], *ys))
+            else:
+                mixed.append(ys[0])
+        return tuple(mixed)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_k weights[k] * ys[k], without a map in between: written out, autograd makes one for every product."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, *ys: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, *ys)
+        weights = weights.to(ys[0].dtype)
+        total = ys[0] * weights[0]
+        for weight, y in zip(weights[1:], ys[1:], strict=True):
+            total.addcmul_(y, weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights, *ys = ctx.saved_tensors
+        (grad,) = grads
+        flat = grad.reshape(-1)
+        dots = torch.stack([torch.dot(flat, y.reshape(-1)) for y in ys]).to(weights.dtype)
+        return dots, *(grad * weight for weight in weights.to(grad.dtype))
 
 
 class LegoBackbone(nn.Module):
