@@ -1,4 +1,4 @@
-"""Image classification: a folder of class folders, timm's augmentation, global average pooling and a linear layer."""
+"""Image classification: class folders or a public set, timm's augmentation, global average pooling, a linear layer."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
+from gppf_ds.data.folders import read_rgb
+from gppf_ds.data.sets.classification import SETS, open_split
+from gppf_ds.data.sets.classification_images import open_folders
 from gppf_ds.errors import UserError
-from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, Split, Task
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, PlainPath, Split, Task
 
 TOP_K = 5
+SPLITS: tuple[Split, ...] = ("train", "val")
 
 
 class Classification(Task):
     """One label per image, from ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg`` (torchvision's ImageFolder layout).
 
+    With ``source``, the data are that public set in its own layout, with its official splits, and the headline metric
+    is the one that papers report of it: ImageNet and the ten sets of :mod:`gppf_ds.data.sets.classification`.
+
     The defaults are random crop and flip alone, as GPPF appendix D.2 trains its ten small sets; its ImageNet recipe
     (section 4.1) adds mixup 0.8, cutmix 1.0, random_erasing 0.25, label_smoothing 0.1 and a rand_augment policy.
 
     Args:
-        data: folder with ``train/`` and ``val/``.
+        data: folder with ``train/`` and ``val/``, or the root of the public set.
         batch_size: images per device and step; even where mixup or cutmix is on.
         weight: sampling weight of the task.
         loss_weight: factor on the loss.
         image_size: side of the square input in pixels.
-        classes: outputs of the head; the number of class folders where not given.
+        classes: outputs of the head; as many as the data have where not given.
         mixup: alpha of the Beta distribution of mixup's share, 0 for none.
         cutmix: the same for cutmix; with both on, each batch takes one of them at random.
         label_smoothing: probability spread evenly over all classes, in training.
@@ -39,12 +45,13 @@ class Classification(Task):
         flip: probability of a horizontal flip.
         crop_scale: range of the share of the image's area that a training crop covers.
         val_crop: side of the centre crop over the short side of the resized image in evaluation.
+        source: name of the public set, for example ``imagenet1k`` or ``cls_pets``.
 
     Raises:
         UserError: an argument is out of its range.
     """
 
-    headline = "top1"
+    multi_scale = False
 
     def __init__(
         self,
@@ -62,8 +69,11 @@ class Classification(Task):
         flip: float = 0.5,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         val_crop: float = 0.875,
+        source: str | None = None,
     ) -> None:
-        super().__init__(batch_size, weight, loss_weight)
+        super().__init__(batch_size, weight, loss_weight, source)
+        if source is not None and source not in SETS:
+            raise UserError(f"source '{source}' is no set of images with one label: choose from {', '.join(SETS)}.")
         if (mixup > 0 or cutmix > 0) and batch_size % 2:
             raise UserError(f"mixup and cutmix mix pairs of images: make batch_size even, not {batch_size}.")
         if image_size < 32:
@@ -75,6 +85,7 @@ class Classification(Task):
             raise UserError(f"crop_scale must be an ascending range of area shares in (0, 1], not {crop_scale}.")
         if not 0 < val_crop <= 1:
             raise UserError(f"val_crop must lie in (0, 1], not {val_crop}.")
+        self.headline = SETS[source].headline if source else "top1"
         self.data = Path(data)
         self.image_size = image_size
         self.mixup = mixup
@@ -90,38 +101,63 @@ class Classification(Task):
     @cached_property
     def classes(self) -> int:
         """Outputs of the head."""
-        return self._classes or len(_class_names(self.data / "train"))
+        return self._classes or len(self._images("train").classes)
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """The classes in the order of the labels; numbers where the data, which name them, are not here."""
+        try:
+            names = self._images("train").classes
+        except UserError:
+            names = []
+        return names + [str(index) for index in range(len(names), self.classes)]
 
     def check(self) -> None:
-        """Raises :class:`UserError` where the folders, their classes or ``rand_augment`` cannot work."""
-        names = {split: _class_names(self.data / split) for split in ("train", "val")}
-        for split in names:
-            folder = self.data / split
-            if not _has_image(folder):
-                raise UserError(f"{folder} has no image in its class folders: put CLASS/IMAGE.jpg files into it.")
+        """Raises :class:`UserError` where the data, their classes or ``rand_augment`` cannot work."""
+        images = {split: self._images(split) for split in SPLITS}
+        for split, found in images.items():
+            if not len(found):
+                raise UserError(f"{self.data}: {split} has no image: put CLASS/IMAGE.jpg files into it.")
+        names = {split: found.classes for split, found in images.items()}
         if difference := sorted(set(names["train"]) ^ set(names["val"])):
             only = "train" if difference[0] in names["train"] else "val"
             raise UserError(
-                f"{self.data}: train and val must have the same class folders, but {len(difference)} are in one of "
-                f"them only, the first is '{difference[0]}' (in {only}): add or remove these folders."
+                f"{self.data}: train and val must have the same classes, but {len(difference)} are in one of "
+                f"them only, the first is '{difference[0]}' (in {only}): add or remove these."
             )
         if self.classes < len(names["train"]):
             raise UserError(
-                f"classes is {self.classes}, but {self.data / 'train'} has {len(names['train'])} class folders: "
-                "raise classes or leave it out."
+                f"classes is {self.classes}, but {self.data} has {len(names['train'])}: raise classes or leave it out."
             )
         try:
             self._transform("train")
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(f"rand_augment '{self.rand_augment}' is not a timm policy: {error}") from error
 
+    def use_data(self, root: Path) -> None:
+        """See :meth:`Task.use_data`."""
+        self.data = root
+        for known in ("classes", "class_names"):
+            self.__dict__.pop(known, None)
+
+    def shrink(self) -> None:
+        """Inputs of 64 pixels, at most 4 images at a time."""
+        self.image_size = 64
+        self.batch_size = min(self.batch_size, 4)
+
     def dataset(self, split: Split) -> Dataset:
         """Samples are (uint8 image (3, image_size, image_size), label)."""
-        from torchvision.datasets import ImageFolder
+        return self._images(split, self._transform(split))
 
-        return ImageFolder(
-            str(self.data / split), transform=self._transform(split), loader=_read_image, allow_empty=True
-        )
+    def _images(self, split: Split, transform: Any = None) -> Any:
+        """The images and their labels; its ``classes`` are the names of the labels."""
+        if self.source is not None:
+            return open_split(self.source, self.data, split, transform)
+        return open_folders(self.data, split, transform)
+
+    def sample(self, image: Path) -> tuple[Tensor, int]:
+        """The image as in ``val``; -1 stands for the label."""
+        return self._transform("val")(read_rgb(image)), -1
 
     def _transform(self, split: Split) -> Any:
         from timm.data import create_transform
@@ -161,6 +197,12 @@ class Classification(Task):
             images, labels = mix(images, labels)
         return Batch(images, labels)
 
+    def input_normalisation(self) -> InputNormalisation:
+        """ImageNet's mean and standard deviation."""
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        return InputNormalisation("RGB", (0, 1), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+
     def build_head(self, features: FeatureInfo) -> Head:
         """A linear layer on the coarsest map."""
         return ClassificationHead(features.channels[-1], self.classes, self.label_smoothing)
@@ -168,6 +210,34 @@ class Classification(Task):
     def metric(self) -> Accuracy:
         """Top-1, top-5 and mean per-class accuracy."""
         return Accuracy(self.classes)
+
+    @torch.no_grad()
+    def export(self, head: Head, path: PlainPath, folder: Path) -> list[Path]:
+        """A full timm classifier (see :func:`gppf_ds.tasks.timm_export.export`)."""
+        from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+        from gppf_ds.tasks import timm_export
+
+        assert isinstance(head, ClassificationHead)
+        side = self.image_size
+        described = {
+            "classes": self.class_names,
+            "input_size": [3, side, side],
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "crop_pct": self.val_crop,
+            "interpolation": "bicubic",
+        }
+        images = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+        return timm_export.export(path, head.linear, images, head(path.maps(images)), described, folder)
+
+    def describe(self, head: Head, features: list[Tensor], targets: Tensor) -> list[dict[str, Any]]:
+        """``classes``: the min(5, classes) best, best first, each with ``name`` and ``score`` (softmax)."""
+        described = []
+        for scores, ranked in zip(head(features).softmax(1).cpu(), head.predict(features, targets), strict=True):
+            best = [{"name": self.class_names[k], "score": float(scores[k])} for k in ranked.tolist()]
+            described.append({"summary": f"{best[0]['name']} ({best[0]['score']:.2f})", "classes": best})
+        return described
 
 
 class ClassificationHead(Head):
@@ -227,25 +297,3 @@ class Accuracy:
             "top5": float(top.sum() / images.sum()),
             "mean_class": float((first / images)[images > 0].mean()),
         }
-
-
-def _class_names(folder: Path) -> list[str]:
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
-    except OSError as error:
-        raise UserError(f"{folder} cannot be listed ({error.strerror}): data must hold train/ and val/.") from error
-    if not names:
-        raise UserError(f"{folder} has no class folders: put the images of each class into a folder of their own.")
-    return names
-
-
-def _has_image(folder: Path) -> bool:
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    return any(path.suffix.lower() in IMG_EXTENSIONS for path in folder.glob("*/**/*"))
-
-
-def _read_image(path: str) -> Image.Image:
-    from gppf_ds.data.folders import read_rgb
-
-    return read_rgb(Path(path))

@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from gppf_ds.errors import UserError
 from gppf_ds.tasks.coco_metric import CocoMetric, Detections
-from gppf_ds.tasks.openmm import OpenMMHead, OpenMMTask, class_counts, existing, leaf_dataset, set_class_count
-from gppf_ds.tasks.task import FeatureInfo
+from gppf_ds.tasks.lvis_metric import LvisMetric, load_lvis
+from gppf_ds.tasks.openmm import (
+    OpenMMHead,
+    OpenMMTask,
+    class_counts,
+    existing,
+    leaf_dataset,
+    scope,
+    set_class_count,
+    walk,
+)
+from gppf_ds.tasks.task import FeatureInfo, Head, Metric, PlainPath, Split
+
+Rules = Literal["coco", "lvis", "openimages"]
+
+_RULES: dict[str, Rules] = {
+    "CocoDataset": "coco",
+    "Objects365V1Dataset": "coco",
+    "Objects365V2Dataset": "coco",
+    "LVISDataset": "lvis",
+    "LVISV05Dataset": "lvis",
+    "LVISV1Dataset": "lvis",
+    "OpenImagesDataset": "openimages",
+    "OpenImagesChallengeDataset": "openimages",
+}
+"""By whose rules predictions on a data set class of mmdet are scored."""
+
+_SMOKE_PROPOSALS = 32
 
 
 class DetectionHead(OpenMMHead):
@@ -30,7 +57,7 @@ class DetectionHead(OpenMMHead):
             del sample.pred_instances  # its full-size masks would live as long as the targets
             results.append(
                 {
-                    "image_id": int(sample.img_id),
+                    "image_id": sample.img_id,
                     "boxes": found.bboxes.float().numpy(),
                     "scores": found.scores.float().numpy(),
                     "labels": found.labels.numpy(),
@@ -41,19 +68,26 @@ class DetectionHead(OpenMMHead):
 
 
 class Detection(OpenMMTask):
-    """Boxes, and masks where the configuration's ``val_evaluator`` names ``segm``, on a COCO data set.
+    """Boxes, and masks where the configuration's ``val_evaluator`` names ``segm``.
+
+    The data set classes of mmdet for COCO, Objects365, LVIS and Open Images are read in their official layouts and
+    scored by the rules of their own evaluators.
 
     Args:
         config: path of an mmdet configuration or the name of a shipped one (see :func:`load_config`). Its backbone is
             replaced, its pipelines and data preprocessor are used.
         batch_size: images per device and step.
-        weight, loss_weight: see :class:`Task`.
-        data_root: folder of a COCO data set; with it the next four are needed and replace the data in ``config``,
-            and every head gets the number of classes of the json. Without it the configuration's own data are used.
+        weight, loss_weight, source: see :class:`Task`.
+        data_root: alone, the folder where the configuration's own data sets are. With the next four, which come
+            together, the folder of a data set in COCO format that replaces them: then every head gets the number of
+            classes of the json. Without it the configuration's own ``data_root`` holds.
         train, val: annotation json files, relative to ``data_root``.
         train_images, val_images: image folders, relative to ``data_root``.
         classes: class names in the order of the category ids, only to be checked against the json files.
         overrides: values to merge into the configuration, nested or with dotted keys.
+        class_balance: beta of the class-balanced loss for the classification of boxes, for example 0.999 (see
+            :func:`gppf_ds.tasks.class_balance.class_balanced_weights`); the background keeps the weight 1. None: the
+            configuration's loss as it is.
     """
 
     library = "mmdet"
@@ -72,22 +106,38 @@ class Detection(OpenMMTask):
         val_images: str | None = None,
         classes: list[str] | None = None,
         overrides: dict[str, Any] | None = None,
+        source: str | None = None,
+        class_balance: float | None = None,
     ) -> None:
-        super().__init__(config, batch_size, weight, loss_weight, overrides)
+        super().__init__(config, batch_size, weight, loss_weight, overrides, source)
         places = {"train": train, "val": val, "train_images": train_images, "val_images": val_images}
-        missing = [key for key, place in places.items() if place is None]
-        if data_root is not None and missing:
-            raise UserError(f"data_root is given without {', '.join(missing)}: name them relative to data_root.")
-        if data_root is None and len(missing) < len(places):
-            raise UserError(f"{', '.join(places.keys() - set(missing))} need data_root: set it.")
-        self.data_root = data_root
         self.places = {key: place for key, place in places.items() if place is not None}
+        missing = [key for key in places if key not in self.places]
+        if self.places and missing:
+            raise UserError(f"data_root is given without {', '.join(missing)}: name them relative to data_root.")
+        if self.places and data_root is None:
+            raise UserError(f"{', '.join(self.places)} need data_root: set it.")
+        self.data_root = data_root
+        if class_balance is not None and not 0 <= class_balance < 1:
+            raise UserError(f"class_balance must be from 0 to below 1, not {class_balance}: 0.999 is usual.")
         self.classes = classes
+        self.class_balance = class_balance
 
     @property
     def headline(self) -> str:  # type: ignore[override]
-        """Mask AP where masks are evaluated, else box AP."""
-        return f"{self.iou_types[-1]}_AP"
+        """AP50 on Open Images, else mask AP where masks are evaluated, else box AP."""
+        return "AP50" if self.rules == "openimages" else f"{self.iou_types[-1]}_AP"
+
+    @cached_property
+    def rules(self) -> Rules:
+        """Whose evaluator scores the val data; raises :class:`UserError` for an unknown data set class."""
+        kind = _class_name(leaf_dataset(self.cfg.val_dataloader.dataset))
+        if kind not in _RULES:
+            raise UserError(
+                f"{self.config} reads a {kind} for val: choose one of {', '.join(_RULES)}, or convert the annotations "
+                f"to COCO json and give data_root."
+            )
+        return _RULES[kind]
 
     @cached_property
     def iou_types(self) -> list[str]:
@@ -103,13 +153,34 @@ class Detection(OpenMMTask):
     def class_names(self) -> list[str]:
         """The classes in the order of the labels."""
         leaf = leaf_dataset(self.cfg.val_dataloader.dataset)
+        if self.rules == "lvis":
+            return _category_names(_annotations(leaf))
+        if self.rules == "openimages":
+            return self._open_images().class_table()[0]
         names = leaf.get("metainfo", {}).get("classes")
         if names is None:
-            names = self.dataset("val").inner.metainfo["classes"]  # type: ignore[attr-defined]
+            with scope(self.library):
+                from mmdet.registry import DATASETS
+
+                names = DATASETS.get(str(leaf.type)).METAINFO["classes"]
         return [names] if isinstance(names, str) else list(names)
 
+    def use_data(self, root: Path) -> None:
+        """See :meth:`OpenMMTask.use_data`."""
+        super().use_data(root)
+        for name in ("rules", "iou_types", "class_names"):
+            self.__dict__.pop(name, None)
+
+    def shrink(self) -> None:
+        """See :meth:`OpenMMTask.shrink`; few proposals and detections too: LVIS has 1203 of each box to suppress."""
+        super().shrink()
+        for node in walk([self.cfg.model.get("train_cfg") or {}, self.cfg.model.get("test_cfg") or {}]):
+            for key in ("nms_pre", "max_per_img"):
+                if key in node:
+                    node[key] = min(node[key], _SMOKE_PROPOSALS)
+
     def check(self) -> None:
-        """Reads the configuration and the annotations.
+        """Reads the configuration and the annotations (of LVIS, Objects365 and Open Images only the classes).
 
         Raises:
             UserError: a file is missing, the json files are wrong, or ``classes`` or a configured ``num_classes``
@@ -117,19 +188,18 @@ class Detection(OpenMMTask):
         """
         from gppf_ds.data.coco import check_coco
 
-        json_files, folders = [], []
-        for split in ("train", "val"):
-            leaf = leaf_dataset(self.cfg[f"{split}_dataloader"].dataset)
-            if not str(leaf.type).endswith("CocoDataset"):
-                raise UserError(
-                    f"{self.config} reads a {leaf.type} for {split}: only CocoDataset can be evaluated, so convert "
-                    f"the annotations to COCO json and give data_root."
-                )
-            root = Path(leaf.get("data_root") or "")
-            json_files.append(existing(root / leaf.ann_file, split if self.data_root else f"{split}_dataloader"))
-            folders.append(root / leaf.data_prefix.img)
-        names = check_coco(*json_files, *folders)
-        self._check_classes(names, json_files[0])
+        rules = self.rules  # first of all: of an unknown class not even the files are known
+        leaves = [leaf_dataset(self.cfg[f"{split}_dataloader"].dataset) for split in ("train", "val")]
+        key = "data_root" if self.data_root else "the dataloaders' data_root"
+        files = [existing(_annotations(leaf), key) for leaf in leaves]
+        folders = [existing(Path(leaf.get("data_root") or "") / leaf.data_prefix.img, key) for leaf in leaves]
+        if rules == "openimages":
+            names = self.class_names
+        elif {_class_name(leaf) for leaf in leaves} == {"CocoDataset"}:
+            names = check_coco(*files, *folders)
+        else:
+            names = _category_names(files[1])
+        self._check_classes(names, files[0])
 
     def _check_classes(self, names: list[str], source: Path) -> None:
         if self.classes is not None and self.classes != names:
@@ -149,7 +219,7 @@ class Detection(OpenMMTask):
 
     def _configured_model(self) -> Any:
         """What the user says about the model: with own data the overrides only, as the rest follows the json."""
-        if self.data_root is None:
+        if not self.places:
             return self.cfg.model
         from mmengine.config import Config
 
@@ -158,7 +228,7 @@ class Detection(OpenMMTask):
         return stated.get("model", {})
 
     def _adapt(self, cfg: Any) -> None:
-        if self.data_root is None:
+        if not self.places or self.data_root is None:
             return
         names = _category_names(existing(Path(self.data_root) / self.places["val"], "val"))
         set_class_count(cfg.model, len(names))
@@ -177,12 +247,98 @@ class Detection(OpenMMTask):
 
     def build_head(self, features: FeatureInfo) -> DetectionHead:
         """The detector without its backbone; raises :class:`UserError` if it cannot take these maps."""
-        return DetectionHead(self.library, self.cfg.model, features, self.min_stride)
+        model = self.cfg.model if self.class_balance is None else self._balanced_model(self.class_balance)
+        return DetectionHead(self.library, model, features, self.min_stride)
 
-    def metric(self) -> CocoMetric:
-        """COCO AP on the val json."""
+    def _balanced_model(self, beta: float) -> Any:
+        from gppf_ds.tasks.class_balance import class_balanced_weights, object_counts
+
+        counts = object_counts(_annotations(leaf_dataset(self.cfg.train_dataloader.dataset)), self.class_names)
+        model = copy.deepcopy(self.cfg.model)
+        heads = model.get("roi_head", {}).get("bbox_head")
+        for head in heads if isinstance(heads, list) else [heads]:
+            if not head or head.loss_cls.type != "CrossEntropyLoss" or head.loss_cls.get("use_sigmoid"):
+                raise UserError(f"{self.config} has no box head with a softmax loss: leave class_balance out.")
+            head.loss_cls.class_weight = [*class_balanced_weights(counts, beta), 1.0]
+        return model
+
+    def _data_config(self, split: Split) -> dict[str, Any]:
+        config = super()._data_config(split)
+        leaf = leaf_dataset(config)
+        rules = _RULES.get(_class_name(leaf))
+        if rules == "lvis":
+            load_lvis()  # before mmdet imports it
+        if rules == "openimages":
+            from gppf_ds.tasks.openimages_data import OpenImagesBoxes
+
+            leaf["type"] = OpenImagesBoxes
+        return config
+
+    def _open_images(self) -> Any:
+        """The val data set with no boxes read."""
+        with scope(self.library):
+            from gppf_ds.tasks.openimages_data import OpenImagesBoxes
+
+            leaf = leaf_dataset(self.cfg.val_dataloader.dataset).to_dict()
+            settings = {key: value for key, value in leaf.items() if key not in ("type", "_scope_", "pipeline")}
+            return OpenImagesBoxes(**settings, pipeline=[], lazy_init=True)
+
+    def metric(self) -> Metric:
+        """AP by the rules of the val data set: COCO's, LVIS's or the Open Images challenge's."""
         leaf = leaf_dataset(self.cfg.val_dataloader.dataset)
-        return CocoMetric(Path(leaf.get("data_root") or "") / leaf.ann_file, self.class_names, self.iou_types)
+        if self.rules == "lvis":
+            return LvisMetric(_annotations(leaf), self.iou_types)
+        if self.rules == "openimages":
+            from gppf_ds.tasks.openimages_metric import OpenImagesMetric
+
+            return OpenImagesMetric(self.cfg.val_evaluator, *self._open_images().class_table())
+        return CocoMetric(_annotations(leaf), self.class_names, self.iou_types)
+
+    def export(self, head: Head, path: PlainPath, folder: Path) -> list[Path]:
+        """A full mmdet detector (see :func:`gppf_ds.tasks.openmm_export.export`)."""
+        from gppf_ds.tasks import openmm_export
+
+        cfg = self.cfg.to_dict()
+        annotations = str(_annotations(leaf_dataset(self.cfg.val_dataloader.dataset)))
+        own = {"type": "CocoMetric", "ann_file": annotations, "metric": self.iou_types}
+        evaluator = cfg.setdefault("val_evaluator", own)
+        if self.places:
+            cfg["val_evaluator"] = own
+        elif self.data_root is not None and "ann_file" in evaluator:
+            evaluator["ann_file"] = annotations
+        if self.data_root is not None:
+            cfg.pop("test_dataloader", None)
+        return openmm_export.export(self.library, cfg, head, path, folder)
+
+    def describe(self, head: Head, features: list[Tensor], targets: Any) -> list[dict[str, Any]]:
+        """``objects``, best first, each with its ``class``, ``label`` (index from 0), ``score`` and ``box``.
+
+        A box is x1, y1, x2, y2 in pixels of the original image. With masks there is ``mask``, a compressed RLE of COCO
+        of that image's size.
+        """
+        return [self._describe(found) for found in head.predict(features, targets)]
+
+    def _describe(self, found: Detections) -> dict[str, Any]:
+        objects: list[dict[str, Any]] = []
+        for label, score, box in zip(found["labels"], found["scores"], found["boxes"], strict=True):
+            name = self.class_names[label]
+            objects.append({"class": name, "label": int(label), "score": float(score), "box": box.tolist()})
+        if found["masks"] is not None:
+            for one, mask in zip(objects, found["masks"], strict=True):
+                one["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
+        objects.sort(key=lambda one: -one["score"])
+        best = ", ".join(f"{one['class']} ({one['score']:.2f})" for one in objects[:3])
+        return {"summary": f"{len(objects)} found{': ' if best else ''}{best}", "objects": objects}
+
+
+def _class_name(leaf: Any) -> str:
+    """The data set's class, without the scope that a configuration may write before it (``mmdet.CocoDataset``)."""
+    return str(leaf["type"]).rpartition(".")[2]
+
+
+def _annotations(leaf: Any) -> Path:
+    """The annotation file of a data set's configuration."""
+    return Path(leaf.get("data_root") or "") / leaf.ann_file
 
 
 def _category_names(annotations: Path) -> list[str]:

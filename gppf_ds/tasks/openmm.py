@@ -8,6 +8,7 @@ become the identity.
 from __future__ import annotations
 
 import builtins
+import copy
 import importlib
 import importlib.util
 import logging
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 import gppf_ds
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks import mmcv_ops
-from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, Split, Task
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, Split, Task
 
 Library = Literal["mmdet", "mmseg"]
 
@@ -296,6 +297,10 @@ class OpenMMHead(Head):
         model: the model's configuration; not changed.
         features: all maps of the backbone.
         min_stride: the finest map that may be used.
+
+    Attributes:
+        config: the configuration that the model was built from.
+        maps: indices of the maps that the model takes.
     """
 
     def __init__(self, library: Library, model: Any, features: FeatureInfo, min_stride: int) -> None:
@@ -315,6 +320,7 @@ class OpenMMHead(Head):
             for node in walk(model):
                 if node.get("type") in ("SyncBN", "MMSyncBN"):
                     node["type"] = "BN"
+            self.config = copy.deepcopy(model)  # building changes parts of it
             self.model = MODELS.build(model)
             self.model.init_weights()
             # Some modules ask for SyncBN in their code.
@@ -339,8 +345,11 @@ class OpenMMTask(Task):
 
     Args:
         config: see :func:`load_config`.
-        batch_size, weight, loss_weight: see :class:`Task`; the batch size in the configuration is not used.
+        batch_size, weight, loss_weight, source: see :class:`Task`; the configuration's batch size is not used.
         overrides: values to merge into the configuration.
+
+    Attributes:
+        data_root: takes the place of that of the configuration's data sets, where not None.
     """
 
     library: ClassVar[Library]
@@ -348,20 +357,51 @@ class OpenMMTask(Task):
     """The transforms that read files, and the key of the path that each reads."""
 
     def __init__(
-        self, config: str, batch_size: int, weight: float, loss_weight: float, overrides: dict[str, Any] | None
+        self,
+        config: str,
+        batch_size: int,
+        weight: float,
+        loss_weight: float,
+        overrides: dict[str, Any] | None,
+        source: str | None = None,
     ) -> None:
-        super().__init__(batch_size, weight, loss_weight)
+        super().__init__(batch_size, weight, loss_weight, source)
         self.config = config
         self.overrides = overrides or {}
+        self.data_root: str | None = None
         self._preprocessor: nn.Module | None = None
 
     @cached_property
     def cfg(self) -> Any:
         """The configuration (``mmengine.Config``) with the task's data in it."""
         cfg = load_config(self.library, self.config, self.overrides)
+        if self.data_root is not None:
+            for split in ("train", "val"):
+                leaf_dataset(cfg[f"{split}_dataloader"].dataset).data_root = self.data_root
         self._adapt(cfg)
         leaf_dataset(cfg.val_dataloader.dataset).test_mode = True
         return cfg
+
+    def data_folder(self) -> Path | None:
+        """See :meth:`Task.data_folder`; else ``data_root`` of the configuration's val set, the first one of several."""
+        if (named := super().data_folder()) is not None:
+            return named
+        dataset = leaf_dataset(load_config(self.library, self.config, self.overrides).val_dataloader.dataset)
+        root = dataset.get("data_root") or dataset.get("datasets", [{}])[0].get("data_root")
+        return Path(root) if root else None
+
+    def use_data(self, root: Path) -> None:
+        """See :meth:`Task.use_data`: the data sets get this ``data_root``. Comes before :meth:`shrink`."""
+        self.data_root = str(root)
+        self.__dict__.pop("cfg", None)
+
+    def shrink(self) -> None:
+        """See :meth:`Task.shrink` and :func:`gppf_ds.tasks.openmm_shrink.shrink_sizes`."""
+        from gppf_ds.tasks.openmm_shrink import shrink_sizes
+
+        self.batch_size = min(self.batch_size, 2)
+        shrink_sizes(self.cfg)
+        self._preprocessor = None
 
     @abstractmethod
     def _adapt(self, cfg: Any) -> None:
@@ -372,8 +412,21 @@ class OpenMMTask(Task):
         with scope(self.library):
             from mmengine.registry import DATASETS
 
-            config = guard_reading(self.cfg[f"{split}_dataloader"].dataset.to_dict(), self.readers)
-            return Samples(self.library, DATASETS.build(config))
+            return Samples(self.library, DATASETS.build(guard_reading(self._data_config(split), self.readers)))
+
+    def _data_config(self, split: Split) -> dict[str, Any]:
+        """What the data set of a split is built from; runs in :func:`scope`."""
+        return dict(self.cfg[f"{split}_dataloader"].dataset.to_dict())
+
+    def sample(self, image: Path) -> Any:
+        """The image through the val pipeline, less the transforms that read or check the ground truth."""
+        steps = leaf_dataset(self.cfg.val_dataloader.dataset).pipeline
+        steps = [step for step in steps if not _kind(step).endswith(("Annotations", "LabelCheck"))]
+        with scope(self.library):
+            from mmengine.dataset import Compose
+
+            pipeline = Compose(guard_reading(steps, self.readers))
+        return pipeline({"img_path": str(image), "img_id": 0})
 
     def collate(self, samples: list[Any]) -> Any:
         """``{"inputs": [image], "data_samples": [sample]}``"""
@@ -385,6 +438,12 @@ class OpenMMTask(Task):
         """The configuration's data preprocessor on the device: normalise, pad; the targets are its data samples."""
         done = self.preprocessor(device)(batch, training)
         return Batch(done["inputs"], done["data_samples"])
+
+    def input_normalisation(self) -> InputNormalisation:
+        """That of the configuration's data preprocessor; images are read as BGR."""
+        settings = self.cfg.model.data_preprocessor
+        mean, std = (tuple(settings.get(key) or default) for key, default in (("mean", (0, 0, 0)), ("std", (1, 1, 1))))
+        return InputNormalisation("RGB" if settings.get("bgr_to_rgb") else "BGR", (0, 255), mean, std)
 
     def preprocessor(self, device: torch.device) -> nn.Module:
         """The data preprocessor on this device."""
@@ -398,6 +457,11 @@ class OpenMMTask(Task):
     def __getstate__(self) -> dict[str, Any]:
         # A task goes to worker processes for collate(); what lives on the device stays here.
         return self.__dict__ | {"_preprocessor": None}
+
+
+def _kind(step: Any) -> str:
+    """The name of a transform's class, which a configuration may give as a class or as its name."""
+    return str(getattr(step["type"], "__name__", step["type"]))
 
 
 def existing(path: Path, key: str) -> Path:

@@ -1,6 +1,9 @@
-"""A path and its head as a full mmdet detector or mmseg segmentor: configuration and checkpoint that need no gppf_ds.
+"""A path and its head as a full mmdet detector or mmseg segmentor: a configuration and a checkpoint.
 
-The head is the library's own model already, so all that changes is what stands in the place of the backbone.
+The head is the library's own model already, so all that changes is what stands in the place of the backbone: one of the
+library's own, or mmseg's wrapper of timm. Where neither gives the path's maps (a ViT behind its feature pyramid, Swin
+units that do not pad first) it is a class of this package. Only then does the configuration need gppf_ds installed, and
+says so in its first line.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from torch import Tensor
 
 from gppf_ds.errors import UserError
 from gppf_ds.tasks.openmm import Library, OpenMMHead, leaf_dataset, scope
+from gppf_ds.tasks.pyramid import PyramidHead, SimpleFeaturePyramid
 from gppf_ds.tasks.task import Head, PlainPath
 
 LARGEST_DIFFERENCE = 1e-5
 """Between the maps of the library's backbone and those of the path, relative to the largest value."""
 
 _PROBE_SIZE = (96, 160)
+
+_NEEDS_GPPF_DS = "# Needs gppf_ds installed: no backbone of {library}, nor mmseg's wrapper of timm, gives its maps.\n"
 
 _KEPT = (
     *("model", "default_scope", "custom_imports", "custom_hooks", "default_hooks", "env_cfg", "randomness"),
@@ -44,12 +50,14 @@ _DEPTHS: dict[tuple[bool, tuple[int, ...]], int] = {
 
 @dataclass(frozen=True)
 class Backbone:
-    """A backbone of the library and what it loads."""
+    """A backbone as the library builds it, and what it loads."""
 
     config: dict[str, Any]
     state: Mapping[str, Tensor]
     imports: tuple[str, ...] = ()
     """Modules that a configuration has to import for it."""
+    own: bool = False
+    """Whether its class is one of this package."""
 
 
 def export(library: Library, cfg: dict[str, Any], head: Head, path: PlainPath, folder: Path) -> list[Path]:
@@ -60,7 +68,7 @@ def export(library: Library, cfg: dict[str, Any], head: Head, path: PlainPath, f
     Args:
         library: the head's.
         cfg: the task's configuration, as plain values; it evaluates on ``test_dataloader``, else on ``val_dataloader``.
-        head: as the task built it, trained.
+        head: as the task built it, trained, with the pyramid in front of it if there is one.
         path: the backbone.
         folder: where to write; exists.
 
@@ -68,21 +76,21 @@ def export(library: Library, cfg: dict[str, Any], head: Head, path: PlainPath, f
         The two files.
 
     Raises:
-        UserError: no backbone of the library gives the path's maps, or the head is no model of the library.
+        UserError: no backbone gives the path's maps.
     """
-    if not isinstance(head, OpenMMHead):
-        raise UserError(
-            f"{path.timm_model} leaves as backbone only (export without --head): {library} has no neck that makes "
-            "the maps that this head was trained on."
-        )
+    pyramid = head.pyramid if isinstance(head, PyramidHead) else None
+    head = head.head if isinstance(head, PyramidHead) else head
+    assert isinstance(head, OpenMMHead)
     files = [folder / "config.py", folder / "checkpoint.pth"]
     with scope(library):
         from mmengine.config import Config
         from mmengine.registry import MODELS
 
-        backbone = find_backbone(library, path, head.maps)
+        backbone = find_backbone(library, path, head.maps, pyramid)
         config = _complete(library, cfg, head, backbone)
         Config(config).dump(files[0])
+        if backbone.own:
+            files[0].write_text(_NEEDS_GPPF_DS.format(library=library) + files[0].read_text())
         heads = {name: value for name, value in head.model.state_dict().items() if not name.startswith("backbone.")}
         state = {f"backbone.{name}": value for name, value in backbone.state.items()} | heads
         state = {name: value.cpu().clone() for name, value in state.items()}
@@ -92,22 +100,26 @@ def export(library: Library, cfg: dict[str, Any], head: Head, path: PlainPath, f
     return files
 
 
-def find_backbone(library: Library, path: PlainPath, maps: Sequence[int]) -> Backbone:
-    """The first backbone that gives the maps of the path, the library's own ones before mmseg's wrapper of timm.
+def find_backbone(
+    library: Library, path: PlainPath, maps: Sequence[int], pyramid: SimpleFeaturePyramid | None = None
+) -> Backbone:
+    """The first backbone that gives the maps of the path: the library's own, mmseg's wrapper of timm, then the path's.
 
     Args:
         library: the library.
         path: the backbone.
-        maps: indices of the path's maps that the head takes.
+        maps: indices of the maps that the head takes, of those of the pyramid if there is one.
+        pyramid: what stands between the path's only map and the head.
 
     Raises:
         UserError: none does; the sentence says why.
     """
     reasons = []
-    for candidate in _candidates(library, path, maps):
+    candidates = [] if pyramid else [*_library_backbones(library, path, maps)]
+    for candidate in [*candidates, *_own_backbone(path, maps, pyramid)]:
         kind = candidate.config["type"]
         try:
-            backbone, difference = _load(library, candidate, path, maps)
+            backbone, difference = _load(library, candidate, path, maps, pyramid)
         except (AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             reasons.append(f"{kind}: {str(error).splitlines()[0]}")
             continue
@@ -115,13 +127,12 @@ def find_backbone(library: Library, path: PlainPath, maps: Sequence[int]) -> Bac
             return backbone
         reasons.append(f"{kind}: its maps differ by {difference:.0e} of the largest value")
     raise UserError(
-        f"{path.timm_model} leaves as backbone only (export without --head): no backbone of {library} gives its maps "
-        f"({'; '.join(reasons)}). ResNets, ConvNeXts, and Swin transformers (v1) with backbone.unit_blocks "
-        "pad_first do leave with their heads."
+        f"{path.timm_model} leaves as backbone only (export without --head): no backbone for {library} gives its maps "
+        f"({'; '.join(reasons)})."
     )
 
 
-def _candidates(library: Library, path: PlainPath, maps: Sequence[int]) -> Iterator[Backbone]:
+def _library_backbones(library: Library, path: PlainPath, maps: Sequence[int]) -> Iterator[Backbone]:
     # The map of a ResNet's stem, index 0 here, is none of the library's.
     for arguments, first in ((_resnet(path.state), 1), (_swin(path.state), 0)):
         if arguments is not None:
@@ -140,6 +151,16 @@ def _candidates(library: Library, path: PlainPath, maps: Sequence[int]) -> Itera
     }
     state = {f"timm_model.model.{name}": value for name, value in path.state.items()}
     yield Backbone(wrapper, state, imports=("mmseg.models",))
+
+
+def _own_backbone(path: PlainPath, maps: Sequence[int], pyramid: SimpleFeaturePyramid | None) -> Iterator[Backbone]:
+    if path.fallback is None:
+        return
+    config, state = {**path.fallback.config, "out_indices": list(maps)}, dict(path.fallback.state)
+    if pyramid is not None:
+        config["pyramid"] = list(pyramid.features.strides)
+        state |= {f"pyramid.{name}": value for name, value in pyramid.state_dict().items()}
+    yield Backbone(config, state, own=True)
 
 
 def _resnet(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -183,7 +204,9 @@ def _per_stage(pattern: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
 
 
 @torch.no_grad()
-def _load(library: Library, candidate: Backbone, path: PlainPath, maps: Sequence[int]) -> tuple[Backbone, float]:
+def _load(
+    library: Library, candidate: Backbone, path: PlainPath, maps: Sequence[int], pyramid: SimpleFeaturePyramid | None
+) -> tuple[Backbone, float]:
     """The backbone with its whole state, and the largest difference of its maps relative to their largest value.
 
     What it has no use for in the path's state is left out, a norm behind the last map for example: the maps tell
@@ -199,11 +222,12 @@ def _load(library: Library, candidate: Backbone, path: PlainPath, maps: Sequence
     for name, _ in backbone.named_parameters():
         if name not in candidate.state:
             raise LookupError(f"the path has no weights for its {name}")
-    own = backbone.state_dict()
-    backbone.load_state_dict({name: value for name, value in candidate.state.items() if name in own}, strict=False)
+    wanted = backbone.state_dict().keys()
+    backbone.load_state_dict({name: value for name, value in candidate.state.items() if name in wanted}, strict=False)
     images = torch.randn(1, 3, *_PROBE_SIZE, generator=torch.Generator().manual_seed(0))
-    pairs = list(zip(backbone(images), (path.maps(images)[i] for i in maps), strict=True))
-    worst = max(float((theirs - ours).abs().max() / ours.abs().max().clamp_min(1e-12)) for theirs, ours in pairs)
+    ours = path.maps(images) if pyramid is None else pyramid(*path.maps(images))
+    pairs = list(zip(backbone(images), (ours[i] for i in maps), strict=True))
+    worst = max(float((theirs - own).abs().max() / own.abs().max().clamp_min(1e-12)) for theirs, own in pairs)
     return replace(candidate, state=backbone.state_dict()), worst
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,54 +15,47 @@ from torch import Tensor
 
 from gppf_ds.data.folders import IMAGE_SUFFIXES, pair_by_stem, read_label_map
 from gppf_ds.errors import SampleError, UserError
-from gppf_ds.tasks.openmm import OpenMMHead, OpenMMTask, existing, leaf_dataset, set_class_count
-from gppf_ds.tasks.task import Batch, FeatureInfo
+from gppf_ds.tasks.label_maps import IGNORE, LabelCheck, check_label_map, reduce_zero_label
+from gppf_ds.tasks.openmm import OpenMMHead, OpenMMTask, existing, leaf_dataset, scope, set_class_count, walk
+from gppf_ds.tasks.task import Batch, FeatureInfo, Head, PlainPath
+from gppf_ds.tasks.windows import Windows, windows_of
 
-_IGNORE = 255
 _SAMPLED_MAPS = 20
 _DIVISOR = 32
 
 
 class SegmentationHead(OpenMMHead):
-    """Decode head, auxiliary heads and neck of an mmseg segmentor."""
+    """Decode head, auxiliary heads and neck of an mmseg segmentor.
+
+    Where the configuration evaluates in sliding windows, the features given to :meth:`predict` are those of the
+    windows of all images, one image after another, as :meth:`Segmentation.preprocess` cuts them.
+    """
 
     @torch.no_grad()
     def predict(self, features: list[Tensor], targets: Any) -> list[NDArray[np.integer[Any]]]:
         """The class index of every pixel of the original image, (H, W), per image."""
-        kind = np.uint8 if self.model.num_classes <= _IGNORE else np.int32
+        kind = np.uint8 if self.model.num_classes <= IGNORE else np.int32
         maps = []
-        for sample in self.model.predict(self.select(features), targets):
+        windows = windows_of(self.model.test_cfg)
+        maps_of_images = self.select(features)
+        samples = (
+            self._slide(windows, maps_of_images, targets) if windows else self.model.predict(maps_of_images, targets)
+        )
+        for sample in samples:
             maps.append(sample.pred_sem_seg.data[0].cpu().numpy().astype(kind))
             del sample.pred_sem_seg, sample.seg_logits  # full-size logits would live as long as the targets
         return maps
 
-
-class LabelCheck:
-    """A transform behind the one that reads the label map: refuses a class that the head does not have.
-
-    Args:
-        classes: number of classes of the head.
-
-    Raises:
-        UserError: a pixel is neither below ``classes`` nor 255.
-    """
-
-    def __init__(self, classes: int) -> None:
-        self.classes = classes
-
-    def __call__(self, sample: dict[str, Any]) -> dict[str, Any]:
-        check_label_map(sample["gt_seg_map"], self.classes, sample["seg_map_path"])
-        return sample
-
-
-def check_label_map(labels: NDArray[Any], classes: int, path: str | Path) -> None:
-    """Raises :class:`UserError` if a label of the map is neither below ``classes`` nor 255."""
-    highest = int(np.where(labels == _IGNORE, 0, labels).max(initial=0))
-    if highest >= classes:
-        raise UserError(
-            f"{path} has a pixel of class {highest} and the head has {classes} classes (0 to {classes - 1}, "
-            f"{_IGNORE} = ignore): correct the label map or 'classes'."
-        )
+    def _slide(self, windows: Windows, maps: list[Tensor], targets: Any) -> Iterator[Any]:
+        """The data samples with what mmseg's ``slide_inference`` finds, image by image to save memory."""
+        first = 0
+        for sample in targets:
+            image = sample.metainfo["pad_shape"][:2]
+            last = first + len(windows.places(image))
+            metas = [{"img_shape": torch.Size(windows.size)}] * (last - first)
+            logits = self.model.encode_decode([part[first:last] for part in maps], metas)
+            yield from self.model.postprocess_result(windows.join(logits, image)[None], [sample])
+            first = last
 
 
 class IoUMetric:
@@ -78,7 +71,7 @@ class IoUMetric:
     def __init__(self, classes: int) -> None:
         from torchmetrics.classification import MulticlassConfusionMatrix
 
-        self._confusion = MulticlassConfusionMatrix(classes, ignore_index=_IGNORE)
+        self._confusion = MulticlassConfusionMatrix(classes, ignore_index=IGNORE)
 
     def update(self, predictions: Sequence[NDArray[np.integer[Any]]], targets: Any) -> None:
         """Adds label maps (H, W); ``targets`` are data samples with ``gt_sem_seg`` of the same size."""
@@ -106,18 +99,19 @@ class IoUMetric:
 
 
 class Segmentation(OpenMMTask):
-    """A class per pixel, on folders of images and 8-bit label maps (pixel = class index, 255 = ignore).
+    """A class per pixel: a public data set in its official layout, or folders of images and 8-bit label maps.
 
-    The whole image is predicted at once; a configuration that evaluates in sliding windows is refused by
-    :meth:`check`, since its scores would not be those of its authors.
+    A pixel of a label map is a class index, 255 = ignore. A configuration with ``reduce_zero_label`` (ADE20K) counts
+    classes from 1, and 0 = ignore too. In evaluation an image is predicted whole or in sliding windows, as the
+    configuration says.
 
     Args:
         config: path of an mmseg configuration or the name of a shipped one (see :func:`load_config`). Its backbone is
             replaced, its pipelines and data preprocessor are used.
         batch_size: images per device and step.
-        weight, loss_weight: see :class:`Task`.
-        data_root: folder of the data set; with it the next four are needed and replace the data in ``config``.
-            Without it the configuration's own data are used.
+        weight, loss_weight, source: see :class:`Task`.
+        data_root: folder of the data set. Alone it takes the place of ``data_root`` in the configuration, whose data
+            sets keep their layout; with the next four it replaces them. Without it the configuration's holds.
         train_images, train_labels, val_images, val_labels: folders, relative to ``data_root``. An image STEM.jpg
             belongs to the label map STEM.png or STEM_something.png.
         classes: class names in the order of the class indices, or a json file with that list (or an object that has it
@@ -143,56 +137,78 @@ class Segmentation(OpenMMTask):
         val_labels: str | None = None,
         classes: list[str] | str | None = None,
         overrides: dict[str, Any] | None = None,
+        source: str | None = None,
     ) -> None:
-        super().__init__(config, batch_size, weight, loss_weight, overrides)
+        super().__init__(config, batch_size, weight, loss_weight, overrides, source)
         places = {
             "train_images": train_images,
             "train_labels": train_labels,
             "val_images": val_images,
             "val_labels": val_labels,
         }
-        missing = [key for key, place in places.items() if place is None]
-        if data_root is not None and missing:
+        self.places = {key: place for key, place in places.items() if place is not None}
+        missing = [key for key in places if key not in self.places]
+        if data_root is not None and self.places and missing:
             raise UserError(f"data_root is given without {', '.join(missing)}: name them relative to data_root.")
-        if data_root is None and len(missing) < len(places):
-            raise UserError(f"{', '.join(places.keys() - set(missing))} need data_root: set it.")
-        self.root = Path(data_root or "")
-        self.places = {key: self.root / place for key, place in places.items() if place is not None}
+        if data_root is None and self.places:
+            raise UserError(f"{', '.join(self.places)} need data_root: set it.")
+        self.root = None if data_root is None else Path(data_root)
         self.classes = classes
+
+    def use_data(self, root: Path) -> None:
+        """See :meth:`Task.use_data`; ``root`` takes the place of ``data_root``. Comes before :meth:`shrink`."""
+        self.root = root
+        self.__dict__.pop("cfg", None)
 
     @cached_property
     def class_names(self) -> list[str]:
         """The classes in the order of the labels; numbers where nothing names them."""
         if isinstance(self.classes, str):
-            return _read_names(self.root / self.classes)
-        return self.classes or _numbers(self._head_classes)
+            return _read_names((self.root or Path()) / self.classes)
+        return self.classes or self._published_names() or _numbers(self._head_classes)
+
+    def _published_names(self) -> list[str]:
+        """The class names of mmseg's data set; none for other data or another number of classes."""
+        if self.places:
+            return []
+        with scope(self.library):
+            from mmengine.registry import DATASETS
+
+            with DATASETS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(leaf_dataset(self.cfg.val_dataloader.dataset).type)
+        names = list(getattr(kind, "METAINFO", {}).get("classes", ()))
+        return [name.strip() for name in names] if len(names) == self._head_classes else []
 
     def check(self) -> None:
-        """Reads the configuration, lists the folders and opens some label maps.
+        """Reads the configuration, lists the folders and opens some label maps of folders of one's own.
 
         Raises:
-            UserError: sliding windows, a missing folder, images without label maps, or a class the head does not have.
+            UserError: impossible windows, a missing folder or list, images without label maps, or a class the head
+                does not have.
         """
-        if self.cfg.model.get("test_cfg", {}).get("mode", "whole") != "whole":
-            raise UserError(f"{self.config} evaluates in sliding windows: set overrides model.test_cfg.mode to whole.")
-        if not self.places:
-            self._check_own_folders()
-            return
+        windows_of(self.cfg.model.get("test_cfg"))
         for split in ("train", "val"):
-            images, labels = self.places[f"{split}_images"], self.places[f"{split}_labels"]
-            pairs = pair_by_stem(images, labels, _suffixes(images, labels)[1])
-            for _, path in pairs[:: max(1, len(pairs) // _SAMPLED_MAPS)]:
-                try:
-                    labels_of_image = read_label_map(path)
-                except SampleError as error:
-                    raise UserError(f"{error} Repair or replace the file.") from error
-                check_label_map(labels_of_image, self._head_classes, path)
+            leaves = list(_leaves(self.cfg[f"{split}_dataloader"].dataset))
+            for leaf in leaves:
+                folders = [*leaf.get("data_prefix", {}).values(), leaf.get("ann_file", "")]
+                for place in filter(None, folders):
+                    existing(Path(leaf.get("data_root") or "") / place, f"the {split} data of {self.config}")
+            if self.places:
+                self._check_label_maps(split, leaves[0].reduce_zero_label)
 
-    def _check_own_folders(self) -> None:
-        for split in ("train", "val"):
-            leaf = leaf_dataset(self.cfg[f"{split}_dataloader"].dataset)
-            for folder in leaf.get("data_prefix", {}).values():
-                existing(Path(leaf.get("data_root") or "") / folder, f"{split}_dataloader of {self.config}")
+    def _check_label_maps(self, split: str, reduced: bool) -> None:
+        images, labels = self._folders(split)
+        pairs = pair_by_stem(images, labels, _suffixes(images, labels)[1])
+        for _, path in pairs[:: max(1, len(pairs) // _SAMPLED_MAPS)]:
+            try:
+                found = read_label_map(path)
+            except SampleError as error:
+                raise UserError(f"{error} Repair or replace the file.") from error
+            check_label_map(reduce_zero_label(found) if reduced else found, self._head_classes, path, reduced)
+
+    def _folders(self, split: str) -> tuple[Path, Path]:
+        root = self.root or Path()
+        return root / self.places[f"{split}_images"], root / self.places[f"{split}_labels"]
 
     @property
     def _head_classes(self) -> int:
@@ -205,26 +221,20 @@ class Segmentation(OpenMMTask):
         if self.classes is not None:
             set_class_count(cfg.model, len(self.class_names))
         for split in ("train", "val"):
-            leaf = leaf_dataset(cfg[f"{split}_dataloader"].dataset)
+            dataset = cfg[f"{split}_dataloader"].dataset
             if self.places:
-                images, labels = self.places[f"{split}_images"], self.places[f"{split}_labels"]
-                image_suffix, label_suffix = _suffixes(images, labels)
-                pipeline = leaf.pipeline
-                leaf.clear()
-                leaf.update(
-                    type="BaseSegDataset",
-                    data_prefix={"img_path": str(images), "seg_map_path": str(labels)},
-                    img_suffix=image_suffix,
-                    seg_map_suffix=label_suffix,
-                    metainfo={"classes": self.class_names if self.classes else _numbers(heads.num_classes)},
-                    pipeline=pipeline,
-                )
-            leaf.pipeline = _with_label_check(leaf.pipeline, heads.num_classes, last=split == "val")
+                names = self.class_names if self.classes else _numbers(heads.num_classes)
+                _read_folders(dataset, self._folders(split), names)
+            for leaf in _leaves(dataset):
+                if self.root is not None and not self.places:
+                    leaf.data_root = str(self.root)
+                leaf.pipeline = _with_label_check(leaf.pipeline, heads.num_classes, last=split == "val")
 
     def preprocess(self, batch: Any, device: torch.device, training: bool) -> Batch:
         """The configuration's data preprocessor on the device; val images of different sizes are padded to one size.
 
-        The label maps of val keep the size of the original images.
+        In sliding windows the images of the batch are the windows of all val images, one image after another; only an
+        image smaller than a window is padded. The label maps of val keep the size of the original images.
         """
         if training:
             return super().preprocess(batch, device, training)
@@ -236,7 +246,13 @@ class Segmentation(OpenMMTask):
             for image, sample in singles
         ]
         samples = [single.targets[0] for single in done]
-        images, padding = stack_batch([single.images[0] for single in done], size_divisor=_DIVISOR)
+        windows = windows_of(self.cfg.model.get("test_cfg"))
+        if windows:
+            stacked = [stack_batch([single.images[0]], size=windows.size) for single in done]
+            images = torch.cat([windows.cut(image) for [image], _ in stacked])
+            padding = [padded for _, [padded] in stacked]
+        else:
+            images, padding = stack_batch([single.images[0] for single in done], size_divisor=_DIVISOR)
         for sample, padded in zip(samples, padding, strict=True):
             sample.set_metainfo(padded)
         return Batch(images, samples)
@@ -249,6 +265,71 @@ class Segmentation(OpenMMTask):
         """mIoU over the val images."""
         return IoUMetric(self._head_classes)
 
+    def export(self, head: Head, path: PlainPath, folder: Path) -> list[Path]:
+        """A full mmseg segmentor (see :func:`gppf_ds.tasks.openmm_export.export`), which pads images as we do."""
+        from gppf_ds.tasks import openmm_export
+
+        cfg = self.cfg.to_dict()
+        preprocessor = cfg["model"]["data_preprocessor"]
+        windows = windows_of(cfg["model"].get("test_cfg"))
+        padding = {"size": windows.size} if windows else {"size_divisor": _DIVISOR}
+        preprocessor["test_cfg"] = preprocessor.get("test_cfg") or padding
+        own = {"type": "IoUMetric", "iou_metrics": ["mIoU"]}
+        cfg.setdefault("val_evaluator", own)
+        if self.places:
+            cfg["val_evaluator"] = own
+            cfg.pop("test_dataloader", None)
+        return openmm_export.export(self.library, cfg, head, path, folder)
+
+    def describe(self, head: Head, features: list[Tensor], targets: Any) -> list[dict[str, Any]]:
+        """``labels``: the class index of every pixel of the original image, with the names of the ``classes``."""
+        described = []
+        for labels in head.predict(features, targets):
+            shares = np.bincount(labels.ravel()) / labels.size
+            largest = [int(k) for k in shares.argsort()[::-1][:3] if shares[k] > 0]
+            summary = ", ".join(f"{self.class_names[k]} {shares[k]:.0%}" for k in largest)
+            if labels.dtype != np.uint8:
+                labels = labels.astype(np.uint16)
+            described.append({"summary": summary, "labels": labels, "classes": self.class_names})
+        return described
+
+
+def _leaves(dataset: Any) -> Iterator[Any]:
+    """The data sets that read files, inside wrappers and ``ConcatDataset``."""
+    for inner in dataset.get("datasets") or [dataset.get("dataset")]:
+        if inner is None:
+            yield dataset
+        else:
+            yield from _leaves(inner)
+
+
+def _read_folders(dataset: Any, folders: tuple[Path, Path], classes: list[str]) -> None:
+    """Puts a folder of images and one of label maps in the place of what the (first) data set reads."""
+    for node in walk(dataset):
+        if "datasets" in node:
+            node["datasets"] = node["datasets"][:1]
+    leaf = next(_leaves(dataset))
+    image_suffix, label_suffix = _suffixes(*folders)
+    pipeline = leaf.pipeline
+    reduced = _reading_step(pipeline).get("reduce_zero_label") or leaf.get("reduce_zero_label", False)
+    leaf.clear()
+    leaf.update(
+        type="BaseSegDataset",
+        data_prefix={"img_path": str(folders[0]), "seg_map_path": str(folders[1])},
+        img_suffix=image_suffix,
+        seg_map_suffix=label_suffix,
+        metainfo={"classes": classes},
+        reduce_zero_label=reduced,
+        pipeline=pipeline,
+    )
+
+
+def _reading_step(pipeline: list[Any]) -> Any:
+    reading = [step for step in pipeline if str(step["type"]).endswith("LoadAnnotations")]
+    if len(reading) != 1:
+        raise UserError(f"The mmseg pipeline has {len(reading)} LoadAnnotations: it has to have exactly one.")
+    return reading[0]
+
 
 def _with_label_check(pipeline: list[Any], classes: int, last: bool) -> list[Any]:
     """The pipeline with a check of the labels behind their reading.
@@ -256,12 +337,10 @@ def _with_label_check(pipeline: list[Any], classes: int, last: bool) -> list[Any
     Args:
         last: read the label map only before packing, so that no transform changes its size.
     """
-    reading = [step for step in pipeline if str(step["type"]).endswith("LoadAnnotations")]
-    if len(reading) != 1:
-        raise UserError(f"The mmseg pipeline has {len(reading)} LoadAnnotations: it has to have exactly one.")
-    checked = [reading[0], {"type": LabelCheck, "classes": classes}]
-    others = [step for step in pipeline if step is not reading[0]]
-    place = len(others) - 1 if last else pipeline.index(reading[0])
+    reading = _reading_step(pipeline)
+    checked = [reading, {"type": LabelCheck, "classes": classes}]
+    others = [step for step in pipeline if step is not reading]
+    place = len(others) - 1 if last else pipeline.index(reading)
     return others[:place] + checked + others[place:]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -35,6 +36,17 @@ class Batch:
     images: Tensor
     """(B, 3, H, W), normalised, on the device."""
     targets: Any
+
+
+@dataclass(frozen=True)
+class InputNormalisation:
+    """How pixels become the backbone's input: subtract ``mean``, divide by ``std``, channel by channel."""
+
+    channels: Literal["RGB", "BGR"]
+    value_range: tuple[float, float]
+    """Of the pixels before."""
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 class Dataset(Protocol):
@@ -77,6 +89,34 @@ class Head(nn.Module, ABC):
         """One prediction per image, on the CPU, in the form that the task's metric takes."""
 
 
+@dataclass(frozen=True)
+class OwnBackbone:
+    """This package's own class that computes a path's maps, for libraries that build by mmengine's registry."""
+
+    config: Mapping[str, Any]
+    """``type``, which is the full name of the class, and arguments. ``out_indices`` (of the maps to hand out) and
+    ``pyramid`` (strides of a :class:`gppf_ds.tasks.pyramid.SimpleFeaturePyramid`) are for the task to add."""
+    state: Mapping[str, Tensor]
+    """Parameters and buffers under the names of that class; it keeps a pyramid as ``pyramid``."""
+
+
+@dataclass(frozen=True)
+class PlainPath:
+    """A task's path through the backbone as a plain timm model, for a task that leaves together with its head."""
+
+    timm_model: str
+    timm_options: Mapping[str, Any]
+    """Keyword arguments of ``timm.create_model``, ``num_classes`` 0 among them."""
+    state: Mapping[str, Tensor]
+    """Parameters and buffers under timm's names."""
+    renamed: Callable[[str], Mapping[str, Tensor]]
+    """The state under the names of a convention; raises :class:`UserError` where the convention has no such model."""
+    maps: Callable[[Tensor], list[Tensor]]
+    """Images (B, 3, H, W) -> the feature maps that the head was trained on, in evaluation mode."""
+    fallback: OwnBackbone | None = None
+    """For maps that no library's backbone gives; whoever loads such an export needs this package."""
+
+
 class Task(ABC):
     """A named triple (data, head, loss) with its sampling weight, batch size and metric (GPPF section 3.2).
 
@@ -87,6 +127,8 @@ class Task(ABC):
         batch_size: images per device and step.
         weight: sampling weight; the schedule gives a device this task with probability weight / sum of weights.
         loss_weight: factor on the task's loss (1.0 for every task in the paper).
+        source: name of the public data set that the data are, see :mod:`gppf_ds.data.catalogue`: ``gppf-ds check-data``
+            then knows what to expect, and ``gppf-ds train --smoke`` what to imitate. None: data of your own.
     """
 
     headline: str
@@ -94,8 +136,13 @@ class Task(ABC):
     higher_is_better: bool = True
     min_stride: int = 4
     """The finest feature map the head wants."""
+    multi_scale: bool = True
+    """Whether the head wants maps of several strides: a backbone of one map (ViT) then gets a feature pyramid in front
+    of the head, see :mod:`gppf_ds.tasks.pyramid`."""
 
-    def __init__(self, batch_size: int, weight: float = 1.0, loss_weight: float = 1.0) -> None:
+    def __init__(
+        self, batch_size: int, weight: float = 1.0, loss_weight: float = 1.0, source: str | None = None
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, not {batch_size}: set it to the images per device.")
         if not 0 < weight < math.inf:
@@ -105,6 +152,7 @@ class Task(ABC):
         self.batch_size = batch_size
         self.weight = weight
         self.loss_weight = loss_weight
+        self.source = source
 
     @abstractmethod
     def check(self) -> None:
@@ -129,3 +177,77 @@ class Task(ABC):
     @abstractmethod
     def metric(self) -> Metric:
         """A fresh metric."""
+
+    def data_folder(self) -> Path | None:
+        """The root of the data in the layout of :attr:`source`, from ``data``, ``data_root`` or ``root``; or None."""
+        named = next((vars(self)[key] for key in ("data", "data_root", "root") if vars(self).get(key)), None)
+        return None if named is None else Path(named)
+
+    def use_data(self, root: Path) -> None:
+        """From now on the data are below ``root``, in the layout of :attr:`source`. Optional.
+
+        ``gppf-ds train --smoke`` calls it before anything has read the data.
+
+        Raises:
+            UserError: this kind of task does not know how.
+        """
+        raise UserError(f"{type(self).__name__} has no smoke run: give it the methods use_data and shrink.")
+
+    def shrink(self) -> None:
+        """From now on images are 64 to 128 pixels and batches tiny, on the same code path. Optional, see `use_data`.
+
+        Raises:
+            UserError: this kind of task does not know how.
+        """
+        raise UserError(f"{type(self).__name__} has no smoke run: give it the methods use_data and shrink.")
+
+    def input_normalisation(self) -> InputNormalisation | None:
+        """What :meth:`preprocess` does to the values of pixels, for those who use an exported path. Optional.
+
+        None: an export says nothing about it.
+        """
+        return None
+
+    def sample(self, image: Path) -> Any:
+        """One image file, read as the val data set reads its own, for :meth:`collate` and all that follows. Optional.
+
+        In place of the ground truth stands what means that there is none; a head's ``predict`` does not read it.
+
+        Raises:
+            OSError, SampleError: the file cannot be read.
+            UserError: this kind of task reads no single images.
+        """
+        raise UserError(f"{type(self).__name__} cannot predict: give it the methods sample and describe.")
+
+    def describe(self, head: Head, features: list[Tensor], targets: Any) -> list[dict[str, Any]]:
+        """For every image of a batch, what the head finds in it, to be written by ``gppf-ds predict``. Optional.
+
+        Args:
+            head: of this task, in evaluation mode.
+            features: see :class:`FeatureInfo`.
+            targets: of the batch, by :meth:`preprocess`.
+
+        Returns:
+            Values for a json file. "summary" is a few words to print. A map of pixels is an array (H, W), uint8 or
+            uint16, and becomes a png file.
+        """
+        raise UserError(f"{type(self).__name__} cannot predict: give it the methods sample and describe.")
+
+    def export(self, head: Head, path: PlainPath, folder: Path) -> list[Path]:
+        """Writes path and head as a model that another library runs. Optional: not every head has such a form.
+
+        Args:
+            head: trained, on the CPU, in evaluation mode.
+            path: the task's backbone.
+            folder: of this task's export; exists.
+
+        Returns:
+            The files.
+
+        Raises:
+            UserError: no library has this model.
+        """
+        raise UserError(
+            f"{type(self).__name__} leaves as backbone only (export without --head): no library that we export to has "
+            "its head."
+        )

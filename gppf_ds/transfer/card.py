@@ -125,7 +125,8 @@ def _loading(about: Mapping[str, Any], loaded: Loading) -> str:
     if full := about["full_model"]:
         calls = {
             "classifier.json": "timm's name and options of the whole classifier; weights in `classifier.safetensors`",
-            "config.py": "with `checkpoint.pth` the whole model, for the library's own inference functions and tools",
+            "config.py": "with `checkpoint.pth` the whole model, for the library's own inference functions and tools "
+            "(its first line says so if gppf_ds has to be installed for them)",
         }
         parts.append("\n".join(f"- `{file}`: {calls[file]}." for file in full if file in calls))
     if graph := about["graph"]:

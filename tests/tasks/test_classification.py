@@ -34,6 +34,12 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data that cannot be written are indexed there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Four noisy 50x40 images of each class in each split; classes differ in colour."""
@@ -75,9 +81,8 @@ def test_validation_takes_the_centre_of_the_resized_image(folder: Path) -> None:
     ramp[:, :, 0] = np.linspace(0, 255, 160)
     Image.fromarray(ramp).save(folder / "val" / "blue" / "0.png")
     task = make(folder, val_crop=0.5)
-    path = str(folder / "val" / "blue" / "0.png")
     dataset: Any = task.dataset("val")
-    image, _ = dataset[[sample for sample, _ in dataset.samples].index(path)]
+    image, _ = dataset[[path for path, _ in dataset.entries].index(folder / "val" / "blue" / "0.png")]
     # Short side 80 -> 128; the centre 64 of 256 columns is 3/8 to 5/8 of the ramp.
     assert image.shape == (3, 64, 64)
     assert float(image[0, 32, 0]) == pytest.approx(255 * 3 / 8, abs=4)
@@ -197,7 +202,7 @@ def test_unreadable_image_is_a_sample_error_that_names_the_file(folder: Path, da
 def test_check_names_what_is_wrong(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     with pytest.raises(UserError, match="train cannot be listed"):
         make(folder / "nowhere").check()
-    with pytest.raises(UserError, match=r"classes is 2, but .*train has 3 class folders"):
+    with pytest.raises(UserError, match=r"classes is 2, but .* has 3: raise classes"):
         make(folder, classes=2).check()
     with pytest.raises(UserError, match="rand_augment 'bogus'"):
         make(folder, rand_augment="bogus").check()

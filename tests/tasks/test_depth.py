@@ -1,4 +1,4 @@
-"""Depth: files to metrics, the BTS decoder against its equations, the loss and the metrics against numpy."""
+"""Depth: files to metrics, the BTS decoder against its equations, the loss against numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from PIL import Image
 
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.bts import MAX_TILT, BTSDecoder, PlaneEstimator, local_planar_guidance
-from gppf_ds.tasks.depth import Depth, DepthMetric, DepthTargets, jitter_color, scale_invariant_log_loss
+from gppf_ds.tasks.depth import Depth, jitter_color, scale_invariant_log_loss
+from gppf_ds.tasks.depth_metric import DepthTargets
 from gppf_ds.tasks.task import FeatureInfo
 
 CPU = torch.device("cpu")
@@ -184,64 +185,6 @@ def test_loss_without_error_has_finite_gradients(case: str) -> None:
     assert loss.item() < 1e-5
     assert prediction.grad is not None
     assert float(prediction.grad.abs().max()) == 0
-
-
-# ---- metric
-
-
-def reference(prediction: np.ndarray, depth: np.ndarray) -> list[float]:
-    ratio = np.maximum(depth / prediction, prediction / depth)
-    return [
-        *[(ratio < 1.25**n).mean() for n in (1, 2, 3)],
-        np.mean(np.abs(depth - prediction) / depth),
-        np.mean((depth - prediction) ** 2 / depth),
-        np.sqrt(np.mean((depth - prediction) ** 2)),
-        np.sqrt(np.mean((np.log(depth) - np.log(prediction)) ** 2)),
-    ]
-
-
-def test_metric_matches_numpy_and_merging_equals_one_pass() -> None:
-    sizes = [(20, 30), (17, 23), (20, 25), (9, 30)]
-    depth = torch.rand(4, 32, 32) * 12
-    depth[depth < 2] = 0
-    depth[2] = 0  # an image without a measured pixel
-    predictions = [torch.rand(size) * 12 + 0.1 for size in sizes]
-    targets = DepthTargets(depth, sizes)
-
-    expected = []
-    for prediction, image, (height, width) in zip(predictions, depth.double().numpy(), sizes, strict=True):
-        truth = image[:height, :width]
-        valid = (truth > 1e-3) & (truth < 10)
-        if valid.any():
-            expected.append(reference(prediction.double().numpy()[valid], truth[valid]))
-    whole = DepthMetric(1e-3, 10.0, garg_crop=False)
-    whole.update(predictions, targets)
-    means = dict(zip(DepthMetric.NAMES, np.mean(expected, axis=0), strict=True))
-    assert len(expected) == 3
-    assert whole.compute() == pytest.approx(means, rel=1e-6)
-
-    parts = [DepthMetric(1e-3, 10.0, garg_crop=False) for _ in range(3)]
-    for part, chosen in zip(parts, (slice(0, 1), slice(1, 4), slice(4, 4)), strict=True):
-        part.update(predictions[chosen], DepthTargets(depth[chosen], sizes[chosen]))
-    merged = DepthMetric(1e-3, 10.0, garg_crop=False)
-    merged.merge([pickle.loads(pickle.dumps(part.state())) for part in parts])
-    assert merged.compute() == pytest.approx(whole.compute(), rel=1e-12)
-
-
-def test_metric_without_images_is_nan() -> None:
-    assert all(math.isnan(value) for value in DepthMetric(1e-3, 80.0, garg_crop=False).compute().values())
-
-
-def test_garg_crop_counts_only_its_rows_and_columns() -> None:
-    depth = torch.full((1, 375, 1242), 10.0)
-    prediction = torch.full((375, 1242), 99.0)
-    prediction[153:371, 44:1197] = 10.0
-    metric = DepthMetric(1e-3, 80.0, garg_crop=True)
-    metric.update([prediction], DepthTargets(depth, [(375, 1242)]))
-    assert metric.compute()["abs_rel"] == 0
-    prediction[153, 44] = 20.0
-    metric.update([prediction], DepthTargets(depth, [(375, 1242)]))
-    assert metric.compute()["abs_rel"] > 0
 
 
 # ---- data
@@ -414,6 +357,24 @@ def test_overfits_a_few_images(folder: Path) -> None:
     with torch.no_grad():
         metric.update(head.predict(backbone(batch.images), batch.targets), batch.targets)
     assert metric.compute()["abs_rel"] < 0.3
+
+
+def test_kitchen_loads_through_lists_and_crops(tmp_path: Path) -> None:
+    """The lists name files of two folders, and both parts of a pair are cut alike."""
+    if not KITCHEN.is_dir():
+        pytest.skip(f"{KITCHEN} is absent")
+    for split in ("train", "val"):
+        names = sorted(path.stem for path in (KITCHEN / "rgb" / split).iterdir())[:5]
+        lines = [f"rgb/{split}/{name}.jpg depth/{split}/{name}.png 525.0" for name in names]
+        (tmp_path / f"{split}.txt").write_text("\n".join([*lines, f"rgb/{split}/none.jpg None 525.0"]))
+    lists = {f"{split}_list": str(tmp_path / f"{split}.txt") for split in ("train", "val")}
+    task = make(KITCHEN, images=".", depth=".", max_depth=10.0, kb_crop=(352, 608), **lists)
+    task.check()
+    assert len(task.dataset("train")) == len(task.dataset("val")) == 5
+    whole = make(KITCHEN, images="rgb/{split}", max_depth=10.0).dataset("val")
+    for cut, full in zip(task.dataset("val")[3], whole[3], strict=True):
+        assert torch.equal(cut, full[..., 128:, 16:624])
+    assert task.dataset("train")[0][0].shape == (3, 64, 64)
 
 
 def test_kitchen_loads_through_the_same_code() -> None:

@@ -80,6 +80,21 @@ def test_documented_task_trains_and_is_measured(task: Task) -> None:
     assert whole.compute()[task.headline] == pytest.approx(1.0)
 
 
+def test_documented_task_predicts_a_single_image(task: Task, tmp_path: Path) -> None:
+    dataset = task.dataset("val")
+    single = task.sample(tmp_path / "data" / "tagged" / "val" / "0002.jpg")
+    assert torch.equal(single[0], dataset[1][0])
+    inputs = task.preprocess(task.collate([single]), torch.device("cpu"), training=False)
+    backbone = torch.nn.Conv2d(3, 8, 3, stride=4)
+    head = task.build_head(FeatureInfo((8,), (4,)))
+    with torch.no_grad():
+        features = [backbone(inputs.images)]
+        [described] = task.describe(head, features, inputs.targets)
+        [scores] = head.predict(features, inputs.targets)
+    assert list(json.loads(json.dumps(described))["tags"].values()) == scores.tolist()
+    assert described["summary"] == ["indoor", "outdoor", "night"][int(scores.argmax())]
+
+
 def test_documented_task_names_the_missing_file(task: Task, tmp_path: Path) -> None:
     (tmp_path / "data" / "tagged" / "val.json").unlink()
     with pytest.raises(UserError, match=r"val\.json"):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from gppf_ds.backbone import names
+from gppf_ds.backbone.vit import FAMILY as VIT_FAMILY
+from gppf_ds.errors import UserError
+from gppf_ds.tasks import pyramid
 from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.openmm import OpenMMTask, scope
 from gppf_ds.tasks.openmm_export import find_backbone
 from gppf_ds.tasks.segmentation import Segmentation
-from gppf_ds.tasks.task import FeatureInfo, Head, PlainPath
+from gppf_ds.tasks.task import FeatureInfo, Head, OwnBackbone, PlainPath
+from gppf_ds.transfer.openmm_backbone import PathBackbone
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -122,7 +127,14 @@ def our_predictions(task: OpenMMTask, head: Head, path: PlainPath) -> tuple[list
     return predictions, metric.compute()
 
 
-def stock_test(library: str, folder: Path) -> dict[str, float]:
+HIDE_GPPF_DS = """
+for name in [name for name in sys.modules if name.split(".")[0] == "gppf_ds"]:
+    del sys.modules[name]
+sys.modules["gppf_ds"] = None
+"""
+
+
+def stock_test(library: str, folder: Path, hide: str = HIDE_GPPF_DS) -> dict[str, float]:
     """What the library's ``tools/test.py`` prints, in a process that cannot import gppf_ds.
 
     Only mmcv's compiled operators, where mmcv lacks them, are ours.
@@ -132,9 +144,7 @@ import runpy, sys, {library}
 from pathlib import Path
 from gppf_ds.tasks import mmcv_ops
 mmcv_ops.install()
-for name in [name for name in sys.modules if name.split(".")[0] == "gppf_ds"]:
-    del sys.modules[name]
-sys.modules["gppf_ds"] = None
+{hide}
 tool = Path({library}.__file__).parent / ".mim" / "tools" / "test.py"
 sys.argv = [str(tool), "config.py", "checkpoint.pth", "--work-dir", "work"]
 runpy.run_path(str(tool), run_name="__main__")
@@ -245,6 +255,36 @@ def test_mmsegs_inference_gives_our_label_maps(segmentor: dict[str, Any], data: 
 def test_mmsegs_test_tool_gives_our_metric(segmentor: dict[str, Any]) -> None:
     _, ours = our_predictions(segmentor["task"], segmentor["head"], segmentor["path"])
     theirs = stock_test("mmseg", segmentor["files"][0].parent)
+    for name in ("mIoU", "mAcc", "aAcc"):
+        assert theirs[name] == pytest.approx(100 * ours[name], abs=0.06)
+
+
+def test_mmsegs_test_tool_runs_a_backbone_of_ours(data: Path, tmp_path: Path) -> None:
+    """A ViT and its pyramid, where gppf_ds is installed."""
+    name, options = "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 64}
+    config: dict[str, Any] = {"timm_model": name, "timm_options": {**VIT_FAMILY.options, **options, "num_classes": 0}}
+    config |= {"unit_blocks": ["plain"] * 3}
+    torch.manual_seed(0)
+    backbone = PathBackbone(**config, out_indices=[0]).eval()
+    own = OwnBackbone({"type": f"{PathBackbone.__module__}.PathBackbone", **config}, backbone.state_dict())
+
+    @torch.no_grad()
+    def maps(images: Tensor) -> list[Tensor]:
+        return list(backbone(images))
+
+    path = PlainPath(name, options, {}, lambda convention: {}, maps, own)
+    task = segmentation(data)
+    head = pyramid.build_head(task, FeatureInfo((24,), (16,))).eval()
+    assert isinstance(head, pyramid.PyramidHead)
+    with torch.no_grad():
+        head.get_parameter("head.model.decode_head.conv_seg.weight").normal_(0, 0.05)
+    with pytest.raises(UserError, match="no backbone for mmseg gives its maps"):
+        task.export(head, replace(path, fallback=None), tmp_path)
+    assert not list(tmp_path.iterdir())
+    task.export(head, path, tmp_path)
+    _, ours = our_predictions(task, head, path)
+    theirs = stock_test("mmseg", tmp_path, hide="")
+    assert 0.02 < ours["mIoU"] < 0.9
     for name in ("mIoU", "mAcc", "aAcc"):
         assert theirs[name] == pytest.approx(100 * ours[name], abs=0.06)
 

@@ -20,9 +20,11 @@ from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.openmm import scope
 from gppf_ds.tasks.segmentation import IoUMetric, Segmentation
 from gppf_ds.tasks.task import Batch, FeatureInfo
+from gppf_ds.tasks.windows import windows_of
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
+CAMVID = Path(__file__).parents[3] / "shared" / "data" / "segmentation" / "camvid"
 NAMES = ["ground", "red", "green"]
 FOLDERS = {f"{split}_{kind}": f"{kind}/{split}" for split in ("train", "val") for kind in ("images", "labels")}
 
@@ -103,17 +105,8 @@ def test_loss_is_a_function_of_the_seed(data: Path, backbone: nn.Module, info: F
 def test_equals_the_stock_segmentor(data: Path) -> None:
     """mmseg's own segmentor with its own backbone, and our head with its weights on that backbone's maps."""
     task = segmentation(data)
-    with scope("mmseg"):
-        from mmengine.config import ConfigDict
-        from mmseg.registry import MODELS
-
-        torch.manual_seed(0)
-        stock = MODELS.build(ConfigDict(task.cfg.model.to_dict()))
-        stock.init_weights()
-    head = task.build_head(FeatureInfo((64, 128, 256, 512), (4, 8, 16, 32)))
-    weights = {name: value for name, value in stock.state_dict().items() if not name.startswith("backbone.")}
-    head.model.load_state_dict(weights)
-
+    stock, head = stock_with_head(task)
+    stock.train(), head.train()
     batch = batch_of(task, "train", training=True)
     maps = list(stock.backbone(batch.images))
     torch.manual_seed(3)
@@ -157,6 +150,100 @@ def test_predictions_are_of_the_original_image(data: Path, backbone: nn.Module, 
     # Image 1 was enlarged from 96 to 128 columns, image 2 from 64 to 85.
     assert first[0, [5, 17, 30, 42, 90]].tolist() == columns[[6, 23, 40, 56, 120]].tolist()
     assert second[0, [5, 17, 30, 42, 60]].tolist() == columns[[6, 23, 40, 56, 80]].tolist()
+
+
+SLIDE = {"model.test_cfg": {"mode": "slide", "crop_size": (64, 48), "stride": (40, 31)}}
+
+
+def stock_with_head(task: Segmentation) -> tuple[Any, Any]:
+    """mmseg's own segmentor with its own backbone, and our head with its weights."""
+    with scope("mmseg"):
+        from mmengine.config import ConfigDict
+        from mmseg.registry import MODELS
+
+        torch.manual_seed(0)
+        stock = MODELS.build(ConfigDict(task.cfg.model.to_dict())).eval()
+        stock.init_weights()
+    head = task.build_head(FeatureInfo((64, 128, 256, 512), (4, 8, 16, 32))).eval()
+    weights = {name: value for name, value in stock.state_dict().items() if not name.startswith("backbone.")}
+    head.model.load_state_dict(weights)
+    return stock, head
+
+
+def test_sliding_windows_equal_those_of_mmseg(data: Path) -> None:
+    """A batch of images of two sizes at once, and mmseg's slide_inference on one image after the other."""
+    task = segmentation(data, overrides=SLIDE)
+    task.check()
+    stock, head = stock_with_head(task)
+    indices = (0, 1, 2)
+    batch = batch_of(task, "val", False, indices)
+    assert batch.images.shape == (2 * 4 + 3 * 3 + 2 * 4, 3, 64, 48)  # of images with 85x128 and 128x85 pixels
+    with torch.no_grad():
+        maps = list(stock.backbone(batch.images))
+        ours = [sample.clone() for sample in head._slide(windows_of(task.cfg.model.test_cfg), maps, batch.targets)]
+        labels = head.predict(maps, batch.targets)
+        for index, mine, found in zip(indices, ours, labels, strict=True):
+            single = task.collate([task.dataset("val")[index]])
+            [reference] = stock.test_step(single)
+            torch.testing.assert_close(mine.seg_logits.data, reference.seg_logits.data, rtol=1e-4, atol=1e-5)
+            expected = reference.pred_sem_seg.data[0].numpy()
+            assert found.shape == expected.shape == mine.ori_shape
+            assert (found != expected).mean() < 1e-3  # where two logits are as good as equal
+    assert all("seg_logits" not in sample for sample in batch.targets)
+
+
+def test_an_image_smaller_than_a_window_is_padded_as_mmseg_pads(data: Path) -> None:
+    window = {"model.test_cfg": {"mode": "slide", "crop_size": (160, 160), "stride": (100, 100)}}
+    task = segmentation(data, overrides=window)
+    stock, head = stock_with_head(task)
+    with scope("mmseg"):
+        from mmseg.models import SegDataPreProcessor
+
+        settings = {**task.cfg.model.data_preprocessor.to_dict(), "test_cfg": {"size": (160, 160)}}
+        settings.pop("type")
+        stock.data_preprocessor = SegDataPreProcessor(**settings)
+    batch = batch_of(task, "val", False, (0, 1))
+    assert batch.images.shape == (2, 3, 160, 160)
+    with torch.no_grad():
+        labels = head.predict(list(stock.backbone(batch.images)), batch.targets)
+        for index, found in enumerate(labels):
+            [reference] = stock.test_step(task.collate([task.dataset("val")[index]]))
+            np.testing.assert_array_equal(found, reference.pred_sem_seg.data[0].numpy())
+
+
+def test_impossible_windows_are_refused(data: Path) -> None:
+    for wrong in (
+        {"stride": 64, "crop_size": 64},
+        {"crop_size": (64, 64)},
+        {"stride": (65, 64), "crop_size": (64, 64)},
+    ):
+        with pytest.raises(UserError, match="crop_size"):
+            segmentation(data, overrides={"model.test_cfg": {"mode": "slide", **wrong}}).check()
+
+
+def test_camvid_loads_and_slides_through_the_same_code() -> None:
+    if not CAMVID.is_dir():
+        pytest.skip(f"{CAMVID} is absent")
+    folders = {
+        f"{split}_{kind}": f"{folder}/{split}"
+        for split in ("train", "val")
+        for kind, folder in (("images", "images"), ("labels", "annotations"))
+    }
+    task = Segmentation(
+        "upernet_demo.py",
+        2,
+        data_root=str(CAMVID),
+        classes="classes.json",
+        overrides={"model.test_cfg": {"mode": "slide", "crop_size": (64, 64), "stride": (32, 32)}},
+        **folders,
+    )
+    task.check()
+    assert (len(task.dataset("train")), len(task.dataset("val")), len(task.class_names)) == (367, 101, 11)
+    batch = batch_of(task, "val", False, (0, 100))
+    assert batch.images.shape == (2 * 2 * 3, 3, 64, 64)  # 96x128 pixels
+    head = task.build_head(FeatureInfo((8, 8, 8, 8), (4, 8, 16, 32))).eval()
+    maps = [torch.randn(12, 8, 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
+    assert [found.shape for found in head.predict(maps, batch.targets)] == [(360, 480)] * 2
 
 
 def test_metric_is_that_of_mmseg(data: Path) -> None:
@@ -247,8 +334,6 @@ def test_wrong_configuration_is_refused(data: Path, info: FeatureInfo, tmp_path:
         Segmentation("upernet_demo.py", 2, data_root=str(data), train_images="images/train")
     with pytest.raises(UserError, match="data_root"):
         Segmentation("upernet_demo.py", 2, train_images="images/train")
-    with pytest.raises(UserError, match="sliding windows"):
-        segmentation(data, overrides={"model.test_cfg": {"mode": "slide", "stride": 64, "crop_size": 64}}).check()
     with pytest.raises(UserError, match="does not exist"):
         segmentation(data, val_labels="labels/nowhere").check()
     with pytest.raises(UserError, match=r"data/demo/segmentation/images/train does not exist"):
