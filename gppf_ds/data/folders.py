@@ -13,7 +13,7 @@ from PIL import Image
 
 from gppf_ds.errors import SampleError, UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 # PIL's names for one 16- or 32-bit integer per pixel; a 16-bit PNG opens as "I;16", in older releases as "I".
 _DEPTH_MODES = frozenset({"I", "I;16", "I;16B", "I;16L"})
