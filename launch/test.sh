@@ -28,5 +28,7 @@ gpus=$(count_gpus)
 ((gpus > 0)) || export DS_ACCELERATOR=cpu
 # Many small processes: more threads than one each only wait for each other.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+# A process for every core, and every file in one of them; "-n 0" after this turns that off.
+cores=$(nproc)
 say "pytest"
-exec python -m pytest "$@"
+exec python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile "$@"

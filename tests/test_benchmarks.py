@@ -57,6 +57,17 @@ def test_step_overhead_measures_both_arms_of_every_comparison(tmp_path: Path) ->
             assert arm["memory"] > 2**20
 
 
+def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -> None:
+    small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--image-size", "64", "--models", "resnet50"]
+    command = [sys.executable, str(BENCHMARKS / "backbones.py"), "--results", str(tmp_path), *small]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "backbones.json").read_text())["result"]["resnet50"]
+    assert len(found["ratios"]) == 4
+    assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
+    assert 0 < found["memory"]["checkpoint"] < 0.5 * found["memory"]["plain"]
+
+
 @pytest.mark.parametrize(
     ("script", "verdict", "reason"),
     [

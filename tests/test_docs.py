@@ -108,7 +108,8 @@ def test_the_readme_loads_an_export_into_timm(tmp_path: Path, monkeypatch: pytes
     from gppf_ds.tasks.classification import Classification
     from gppf_ds.train.recipe import Recipe
     from gppf_ds.train.restore import Trained, build_model
-    from gppf_ds.transfer import extract
+    from gppf_ds.transfer.export import export
+    from gppf_ds.transfer.extract import ChosenPath, largest_difference
 
     torch.set_num_threads(1)
     backbone = BackboneConfig(options={"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]})
@@ -117,7 +118,7 @@ def test_the_readme_loads_an_export_into_timm(tmp_path: Path, monkeypatch: pytes
     with torch.no_grad():
         controller.logits["digits"][::2, 1] = 1.0
     recipe = Recipe(RunConfig(output="run", steps=1, backbone=backbone), dict(tasks), "")
-    extract.export(Trained(tmp_path, 1, model, controller, recipe), "digits", tmp_path / "runs/demo/exports")
+    export(Trained(tmp_path, 1, model, controller, recipe), "digits", tmp_path / "runs/demo/exports")
 
     monkeypatch.chdir(tmp_path)
     [snippet] = blocks(TEXTS["README.md"], "export-snippet")
@@ -125,9 +126,9 @@ def test_the_readme_loads_an_export_into_timm(tmp_path: Path, monkeypatch: pytes
     exec(snippet, names)
     assert names["about"]["path"] == {"Stem": 1, "Res2.0": 0, "Res3.0": 1, "Res4.0": 0, "Res5.0": 1}
     path = controller.path("digits")
-    assert extract.largest_difference(model.backbone, path, names["model"].eval()) < 1e-5
+    assert largest_difference(ChosenPath(model.backbone, path), names["model"].eval()) < 1e-5
     other = tuple(1 - unit for unit in path)
-    assert extract.largest_difference(model.backbone, other, names["model"]) > 1e-2
+    assert largest_difference(ChosenPath(model.backbone, other), names["model"]) > 1e-2
 
 
 def test_the_metrics_table_is_complete() -> None:

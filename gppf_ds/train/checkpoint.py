@@ -172,7 +172,9 @@ def _key(fragment: Fragment, kind: str) -> str:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    save_file({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}, path, metadata)
+    # safetensors 0.8 writes a broken header for no tensors with an empty metadata mapping.
+    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(whole, path, metadata or None)
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return _describe(path)

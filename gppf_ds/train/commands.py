@@ -1,4 +1,4 @@
-"""``gppf-ds train`` and ``gppf-ds evaluate``."""
+"""``gppf-ds train``, ``evaluate``, ``verify``, ``check-data`` and ``reproduce``."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from gppf_ds.train import faults, recipe
 
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes it from the last checkpoint in its output folder."""
+    smoke = "--smoke" in arguments
     run = recipe.read(arguments)
-    recipe.check(run)
+    if smoke:
+        from gppf_ds.train.smoke import prepare, reduced, use
+
+        run = reduced(run)
+    else:
+        recipe.check(run)
     # torch and DeepSpeed are imported only for a recipe that can run.
     import torch.distributed as dist
 
@@ -26,6 +32,11 @@ def train(arguments: list[str]) -> int:
     try:
         device = start_distributed(config.engine.timeout)
         agree(fingerprint(run.text))
+        if smoke:
+            if dist.get_rank() == 0:
+                prepare(run)
+            dist.barrier()
+            use(run)
         if dist.get_rank() == 0:
             faults.forget(folder)
         trainer = Trainer(config, run.tasks, device)
@@ -36,6 +47,35 @@ def train(arguments: list[str]) -> int:
     except BaseException as error:
         faults.fail(error, folder)
     dist.destroy_process_group()
+    return 0
+
+
+def check_data(arguments: list[str]) -> int:
+    """Says of every task's data what is there, what is missing or broken, and where to get it; 2 if not all is well.
+
+    What is not there is looked for under the task's data (or data_root), where a run would look.
+    """
+    parser = argparse.ArgumentParser(prog="gppf-ds check-data", description=check_data.__doc__)
+    parser.add_argument("recipes", type=Path, nargs="+", metavar="RECIPE")
+    parser.add_argument("--faults", type=int, default=5, help="broken annotations to show per data set (default: 5)")
+    options = parser.parse_args(arguments)
+
+    from gppf_ds.train.data_report import report
+
+    reports = [report(recipe.read(["--config", str(path)]), options.faults) for path in options.recipes]
+    print("\n".join(text for text, _ in reports))
+    return 0 if all(well for _, well in reports) else 2
+
+
+def reproduce(arguments: list[str]) -> int:
+    """Prints our results beside the rows that GPPF (arXiv 2208.02148) published."""
+    from gppf_ds.train import reproduce as tables
+
+    parser = argparse.ArgumentParser(prog="gppf-ds reproduce", description=reproduce.__doc__)
+    parser.add_argument("table", choices=sorted(tables.load()), help="of the paper")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the runs' folders are (default: runs)")
+    options = parser.parse_args(arguments)
+    print(tables.render(tables.load()[options.table], options.runs))
     return 0
 
 

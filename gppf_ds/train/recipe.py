@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -16,11 +17,16 @@ from gppf_ds.errors import UserError
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Task
+from gppf_ds.train.inherit import resolve
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 """Names that torch's containers, which hold the tasks' heads and controllers, keep for themselves (train, keys ...)."""
+
+SMOKE_DATA = "smoke-data"
+"""Folder of a smoke run's data, inside the run's own; what is in it is named after the sources."""
+SMOKE_HELP = "two steps on tiny imitations of the data, in a folder of its own beside the output: does the recipe work?"
 
 
 @dataclass
@@ -42,8 +48,11 @@ class _Parser(ArgumentParser):
 
 def parser(program: str = "gppf-ds train") -> ArgumentParser:
     """The parser of a whole run: --config files (later ones win), then overrides on the line."""
-    made = _Parser(prog=program, description="Trains a recipe. Several --config files are merged from left to right.")
-    made.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML)")
+    description = "Trains a recipe. Several --config files are merged from left to right."
+    made = _Parser(prog=program, description=description)
+    made.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); it may inherit another one")
+    if program == "gppf-ds train":
+        made.add_argument("--smoke", action="store_true", help=SMOKE_HELP)
     made.add_class_arguments(RunConfig, None)
     made.add_argument(
         "--tasks", type=dict[str, Task], required=True, help="the tasks by name, each with class_path and init_args"
@@ -55,15 +64,40 @@ def read(arguments: list[str], program: str = "gppf-ds train") -> Recipe:
     """The recipe that the command line names.
 
     Raises:
+        UserError: one sentence that names the file and the key, and the remedy.
+    """
+    files = argparse.ArgumentParser(prog=program, add_help=False, allow_abbrev=False)
+    files.add_argument("--config", type=Path, action="append", default=[])
+    options, rest = files.parse_known_args(arguments)
+    resolved = resolve(options.config)
+    for argument in rest:
+        resolved.places.pop(argument.removeprefix("--").partition("=")[0], None)
+    try:
+        return from_content(resolved.content, rest, program)
+    except UserError as error:
+        raise UserError(f"{error}{resolved.place(str(error))}") from error
+
+
+def from_content(content: dict[str, Any], overrides: Sequence[str] = (), program: str = "gppf-ds train") -> Recipe:
+    """The recipe with this content, as :attr:`Recipe.text` has it.
+
+    Args:
+        content: by key.
+        overrides: arguments of the command line.
+        program: its name, for messages.
+
+    Raises:
         UserError: one sentence that names the key and the remedy.
     """
     made = parser(program)
+    text = ["--config", yaml.safe_dump(content, sort_keys=False)] if content else []
     try:
-        parsed = made.parse_args(arguments)
+        parsed = made.parse_args([*text, *overrides])
     except UserError:
-        _judge_tasks_one_by_one(arguments)
+        _judge_tasks_one_by_one(content.get("tasks"))
         raise
-    settings = made.instantiate(Namespace(**{k: v for k, v in parsed.items() if k not in ("config", "tasks")}))
+    parsed = Namespace(**{k: v for k, v in parsed.items() if k not in ("config", "smoke")})
+    settings = made.instantiate(Namespace(**{k: v for k, v in parsed.items() if k != "tasks"}))
     tasks: dict[str, Task] = {}
     for name, specification in parsed.tasks.items():
         if not name.isidentifier():
@@ -77,31 +111,36 @@ def read(arguments: list[str], program: str = "gppf-ds train") -> Recipe:
     return Recipe(RunConfig(**vars(settings)), tasks, made.dump(parsed, skip_none=False))
 
 
-def _judge_tasks_one_by_one(arguments: list[str]) -> None:
-    """Raises a sentence that names the task, if one of the tasks in the files is what the parser stumbled over."""
+def _judge_tasks_one_by_one(tasks: Any) -> None:
+    """Raises a sentence that names the task, if one of the tasks is what the parser stumbled over."""
     single = _Parser()
     single.add_argument("--task", type=Task)
-    for option, path in pairwise(arguments):
-        if option != "--config":
-            continue
+    for name, specification in tasks.items() if isinstance(tasks, dict) else ():
         try:
-            content = yaml.safe_load(Path(path).read_text())
-        except (OSError, yaml.YAMLError):
-            continue
-        tasks = content.get("tasks") if isinstance(content, dict) else None
-        for name, specification in tasks.items() if isinstance(tasks, dict) else ():
-            try:
-                single.parse_object({"task": specification})
-            except UserError as error:
-                raise UserError(f"tasks.{name}: {error}") from error
+            single.parse_object({"task": specification})
+        except UserError as error:
+            raise UserError(f"tasks.{name}: {error}") from error
 
 
 def read_run(folder: Path) -> Recipe:
-    """The recipe that a run folder was made with."""
+    """The recipe that a run folder was made with; of a smoke run also its tiny data."""
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no run: it has no config.yaml (give the folder that training wrote).")
-    return read(["--config", str(path)])
+    run = read(["--config", str(path)])
+    if (folder / SMOKE_DATA).is_dir():
+        use_smoke_data(run, folder)
+    return run
+
+
+def use_smoke_data(recipe: Recipe, folder: Path) -> None:
+    """Lets the tasks read the tiny imitations of their data in the folder of a smoke run."""
+    for name, task in recipe.tasks.items():
+        try:
+            task.use_data(folder / SMOKE_DATA / str(task.source))
+            task.shrink()
+        except UserError as error:
+            raise UserError(f"tasks.{name}: {error}") from error
 
 
 def check(recipe: Recipe) -> None:
@@ -112,6 +151,9 @@ def check(recipe: Recipe) -> None:
     """
     Schedule.from_weights({n: t.weight for n, t in recipe.tasks.items()}, recipe.config.schedule, recipe.config.seed)
     deepspeed_config(recipe.config, "fp32")
+    source = recipe.config.backbone.pretrained
+    if source is not None and source.partition(":")[0] != "timm" and not Path(source).is_file():
+        raise UserError(f"backbone.pretrained: there is no file {source}: name a checkpoint, or timm for its own.")
     for name, task in recipe.tasks.items():
         try:
             task.check()

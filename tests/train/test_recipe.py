@@ -182,3 +182,81 @@ def test_files_that_are_missing_or_no_yaml(recipe, tmp_path):
     with pytest.raises(UserError) as error:
         read(["--config", str(broken)])
     assert "\n" not in str(error.value)
+
+
+# Inheritance.
+
+
+def test_a_recipe_inherits_key_by_key_through_a_chain(recipe, tmp_path):
+    write(recipe, tmp_path, "base.yaml")
+    (tmp_path / "variants").mkdir()
+    middle = {"inherit": "../base.yaml", "steps": 20, "tasks": {"farm": {"init_args": {"batch_size": 4}}}}
+    write(middle, tmp_path / "variants", "middle.yaml")
+    last = {
+        "inherit": "middle.yaml",
+        "seed": 3,
+        "backbone": {"options": {"channels": [8, 8]}},
+        "tasks": {"pets": None, "farm": {"init_args": {"weight": 2.0}}},
+    }
+    made = read(["--config", write(last, tmp_path / "variants", "last.yaml"), "--seed", "4"])
+    assert (made.config.steps, made.config.seed, made.config.backbone.name) == (20, 4, "resnet18")
+    assert made.config.backbone.options == {"channels": [8, 8]}  # lists replace
+    assert list(made.tasks) == ["farm"]
+    farm = made.tasks["farm"]
+    assert (farm.batch_size, farm.weight) == (4, 2.0)
+    assert "inherit" not in yaml.safe_load(made.text)
+    assert yaml.safe_load(made.text)["tasks"]["farm"]["init_args"]["batch_size"] == 4
+
+
+def test_another_class_drops_the_old_arguments(recipe, tmp_path):
+    write(recipe, tmp_path, "base.yaml")
+    depth = {"class_path": "gppf_ds.tasks.depth.Depth", "init_args": {"data": "d", "batch_size": 3}}
+    content = {"inherit": "base.yaml", "tasks": {"farm": depth}}
+    recipe["tasks"]["farm"]["init_args"]["image_size"] = 64  # which Depth would refuse
+    write(recipe, tmp_path, "base.yaml")
+    made = read(["--config", write(content, tmp_path)])
+    assert type(made.tasks["farm"]).__name__ == "Depth"
+    assert list(made.tasks) == ["pets", "farm"]
+
+
+def test_a_removed_task_comes_back_afresh(recipe, tmp_path):
+    recipe["tasks"]["farm"]["init_args"]["image_size"] = 64
+    write(recipe, tmp_path, "base.yaml")
+    write({"inherit": "base.yaml", "tasks": {"farm": None}}, tmp_path, "without.yaml")
+    task = {"class_path": CLASS_PATH, "init_args": {"data": "d", "batch_size": 1}}
+    made = read(["--config", write({"inherit": "without.yaml", "tasks": {"farm": task}}, tmp_path)])
+    assert made.tasks["farm"].image_size == 224
+
+
+def test_several_files_merge_inside_tasks(recipe, tmp_path):
+    first = write(recipe, tmp_path)
+    second = write({"tasks": {"pets": None, "farm": {"init_args": {"weight": 3.0}}}}, tmp_path, "second.yaml")
+    made = read(["--config", first, f"--config={second}"])
+    assert list(made.tasks) == ["farm"]
+    assert made.tasks["farm"].weight == 3.0
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"inherit": "nowhere.yaml"}, ["recipe.yaml", "inherit", "nowhere.yaml"]),
+        ({"inherit": ["base.yaml"]}, ["recipe.yaml", "inherit"]),
+        ({"inherit": "recipe.yaml"}, ["recipe.yaml", "circle"]),
+        ({"inherit": "loop.yaml"}, ["loop.yaml", "circle", "recipe.yaml"]),
+        ({"inherit": "list.yaml"}, ["list.yaml", "mapping"]),
+        ({"inherit": "base.yaml", "tasks": {"pest": None}}, ["recipe.yaml", "tasks.pest", "pets"]),
+        ({"inherit": "base.yaml", "engine": {"zero_stage": 9}}, ["engine.zero_stage", "recipe.yaml"]),
+        ({"inherit": "base.yaml", "steps": 10}, ["optimizer.warmup_steps", "base.yaml"]),
+        ({"inherit": "base.yaml", "tasks": {"pets": {"init_args": {"weight": -1}}}}, ["tasks.pets", "recipe.yaml"]),
+    ],
+)
+def test_each_mistake_in_inheriting_names_the_file_and_the_key(recipe, tmp_path, content, words):
+    recipe |= {"steps": 100, "optimizer": {"warmup_steps": 50}}
+    write(recipe, tmp_path, "base.yaml")
+    write({"inherit": "recipe.yaml"}, tmp_path, "loop.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError) as error:
+        read(["--config", write(content, tmp_path)])
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,35 @@
+# ruff: noqa: C408 - mm configurations are written with dict(...)
+"""Data of GPPF's LVIS task: as COCO's (``lsj_coco.py``), scored by LVIS's rules; no model.
+
+Not repeated here is mmdet's oversampling of rare classes (``ClassBalancedDataset``): GPPF balances classes in a second
+stage.
+"""
+
+_base_ = "./lsj_coco.py"
+
+train_dataloader = dict(
+    dataset=dict(
+        dataset=dict(
+            type="LVISV1Dataset",
+            data_root="data/lvis_v1/",
+            ann_file="annotations/lvis_v1_train.json",
+            data_prefix=dict(img=""),
+        )
+    )
+)
+val_dataloader = dict(
+    dataset=dict(
+        type="LVISV1Dataset",
+        data_root="data/lvis_v1/",
+        ann_file="annotations/lvis_v1_val.json",
+        data_prefix=dict(img=""),
+    )
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(
+    _delete_=True,
+    type="LVISMetric",
+    ann_file="data/lvis_v1/annotations/lvis_v1_val.json",
+    metric=["bbox", "segm"],
+)
+test_evaluator = val_evaluator

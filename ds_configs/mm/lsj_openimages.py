@@ -1,0 +1,47 @@
+# ruff: noqa: C408 - mm configurations are written with dict(...)
+"""Data of GPPF's Open Images task: the files of the 2019 challenge as published, large-scale jitter to 1024; no model.
+
+mmdet's own configuration of the challenge names files of another origin (boxes as txt, hierarchy and image sizes as
+pickles). Those are read too, less the pickles: see ``gppf_ds/tasks/openimages_data.py``.
+"""
+
+_base_ = "mmdet::_base_/datasets/openimages_detection.py"
+
+image_size = (1024, 1024)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True),
+    dict(type="RandomResize", scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
+    dict(
+        type="RandomCrop",
+        crop_type="absolute_range",
+        crop_size=image_size,
+        recompute_bbox=True,
+        allow_negative_crop=True,
+    ),
+    dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2)),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="Pad", size=image_size),
+    dict(type="PackDetInputs"),
+]
+challenge = dict(
+    type="OpenImagesChallengeDataset",
+    label_file="challenge2019/challenge-2019-classes-description-500.csv",
+    hierarchy_file="challenge2019/challenge-2019-label500-hierarchy.json",
+    meta_file="",
+)
+train_dataloader = dict(
+    dataset=dict(
+        **challenge,
+        ann_file="challenge2019/challenge-2019-train-detection-bbox.csv",
+        pipeline=train_pipeline,
+    )
+)
+val_dataloader = dict(
+    dataset=dict(
+        **challenge,
+        ann_file="challenge2019/challenge-2019-validation-detection-bbox.csv",
+        image_level_ann_file="challenge2019/challenge-2019-validation-detection-human-imagelabels.csv",
+    )
+)
+test_dataloader = val_dataloader
