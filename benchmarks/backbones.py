@@ -168,6 +168,7 @@ def main() -> None:
     unknown = [name for name in args.models if name not in MODELS and not args.full]
     if unknown or min(args.steps, args.batch_size) < 1:
         sys.exit(f"{unknown} need --full" if unknown else "--steps and --batch-size start at 1")
+    harness.restart_with_steady_malloc()
     device = start_distributed(600.0)
     result = {}
     for name in args.models:

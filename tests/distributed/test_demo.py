@@ -54,9 +54,12 @@ def test_the_demo_learns_and_leaves_plain_models(tmp_path: Path) -> None:
         losses = [line["losses"][task] for line in lines if task in line["losses"]]
         assert sum(losses[-5:]) < sum(losses[:5]), task
 
-    exports = gppf_ds("export", "--run", str(run)).split()
+    written = gppf_ds("export", "--run", str(run), "--head")
+    assert "distance: only the backbone, because" in written
+    exports = list((run / "exports").glob("*/model.safetensors"))
     assert len(exports) == 4
-    for file in map(Path, exports):
+    assert [len(list((run / "exports").glob(f"*/{name}"))) for name in ("classifier.json", "checkpoint.pth")] == [1, 2]
+    for file in exports:
         description = json.loads((file.parent / "model.json").read_text())
         model = timm.create_model(description["timm_model"], **description["timm_options"])
         model.load_state_dict(load_file(file), strict=True)

@@ -117,7 +117,7 @@ def equal(one: Any, other: Any) -> bool:
 def test_an_image_file_is_read_and_predicted_as_in_evaluation(trained: Trained, demo_data: Path, name: str) -> None:
     task = trained.recipe.tasks[name]
     samples: Any = task.dataset("val")
-    image = samples.samples[1][0] if name == "digits" else demo_data / "scenes/images/val/000002.jpg"
+    image = samples.entries[1][0] if name == "digits" else demo_data / "scenes/images/val/000002.jpg"
     theirs = batch_of(trained, name, samples[1])
     ours = batch_of(trained, name, task.sample(Path(image)))
     assert torch.equal(ours.images, theirs.images)
