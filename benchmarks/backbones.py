@@ -25,7 +25,7 @@ from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import NormPolicy
 from gppf_ds.config import BackboneConfig
 from gppf_ds.simt.engine import start_distributed
-from gppf_ds.transfer.extract import path_state
+from gppf_ds.transfer.extract import ChosenPath
 
 MODELS: dict[str, dict[str, Any]] = {
     "resnet50": {"layers": [1, 2, 2, 1], "channels": [32, 64, 96, 128]},
@@ -69,7 +69,7 @@ class Bench:
     def timm_steps(self) -> dict[str, Callable[[int], None]]:
         """timm's own model, and another of the same class that an exported path was loaded into."""
         backbone, _ = self.lego(2, "soft")
-        state = path_state(backbone, [number % 2 for number in range(len(backbone.layers))])
+        state = ChosenPath(backbone, [number % 2 for number in range(len(backbone.layers))]).state()
         own, exported = (timm.create_model(self.name, **backbone.timm_options) for _ in range(2))
         exported.load_state_dict(state, strict=True)
         steps = {}

@@ -5,22 +5,11 @@ mmdet's own Copy-Paste configuration jitters by 0.8 to 1.25; large-scale jitter 
 from 0.1 to 2.0.
 """
 
-_base_ = "mmdet::common/ssj_scp_270k_coco-instance.py"
+_base_ = ["mmdet::common/ssj_scp_270k_coco-instance.py", "./lsj.py"]
 
-image_size = (1024, 1024)
 load_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="RandomResize", scale=image_size, ratio_range=(0.1, 2.0), keep_ratio=True),
-    dict(
-        type="RandomCrop",
-        crop_type="absolute_range",
-        crop_size=image_size,
-        recompute_bbox=True,
-        allow_negative_crop=True,
-    ),
-    dict(type="FilterAnnotations", min_gt_bbox_wh=(1e-2, 1e-2)),
-    dict(type="RandomFlip", prob=0.5),
-    dict(type="Pad", size=image_size),
+    *_base_.jitter,
 ]
 train_dataloader = dict(dataset=dict(dataset=dict(pipeline=load_pipeline)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,21 @@ class Block:
         return self.names[start] + own.removeprefix(start)
 
 
+def feature_maps(steps: Iterable[tuple[Any, nn.Module]], images: Tensor) -> list[Tensor]:
+    """The maps (B, C, H / stride, W / stride) of a single path: (B, 3, H, W) through one unit of every step.
+
+    Args:
+        steps: (a :class:`Block` or a lego layer, its unit), first to last.
+        images: of any size that the family takes.
+    """
+    maps, x = [], images
+    for step, unit in steps:
+        x = unit(step.before(x))
+        if step.tap is not None:
+            maps.append(step.tap.as_map(x, (images.shape[-2], images.shape[-1])))
+    return maps
+
+
 @dataclass(frozen=True)
 class Family:
     """The timm models that come apart in the same way."""
@@ -57,3 +72,7 @@ class Family:
     """Keyword arguments for ``timm.create_model`` that make the model take images of any size."""
     variants: Mapping[str, Callable[[Block], Block]] = field(default_factory=dict)
     """Other classes of blocks that may stand beside the plain one in a layer (``backbone.unit_blocks``)."""
+
+    def of_class(self, kind: str, block: Block) -> Block:
+        """The block as one of this class; ``plain`` is timm's own."""
+        return block if kind == "plain" else self.variants[kind](block)

@@ -172,12 +172,10 @@ class LegoBackbone(nn.Module):
             self._undecayed = set(model.no_weight_decay())
         blocks = self.family.split(model)
         kind = self.block_class(unit)
-        if kind == "plain":
-            return blocks
-        if kind not in self.family.variants:
+        if kind not in ("plain", *self.family.variants):
             known = ", ".join(["plain", *self.family.variants])
             raise UserError(f"backbone.unit_blocks: {name} has no {kind} blocks (it has {known}).")
-        return [self.family.variants[kind](block) for block in blocks]
+        return [self.family.of_class(kind, block) for block in blocks]
 
     def block_class(self, unit: int) -> str:
         """Of a unit of any layer, as ``backbone.unit_blocks`` names it."""
@@ -223,13 +221,18 @@ class LegoBackbone(nn.Module):
         return features
 
 
+def timm_module(name: str) -> str:
+    """timm's module that defines a model, a key of :data:`FAMILIES` if we know the family."""
+    return str(timm.model_entrypoint(name.split(".")[0]).__module__.rpartition(".")[2])
+
+
 def _family(config: BackboneConfig) -> Family:
     architecture = config.name.split(".")[0]
     if not timm.is_model(architecture):
         near = difflib.get_close_matches(architecture, timm.list_models(), 1)
         hint = f": did you mean {near[0]!r}?" if near else "."
         raise UserError(f"backbone.name {config.name!r}: timm has no such model{hint}")
-    module = timm.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
+    module = timm_module(architecture)
     if module not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"backbone.name {config.name!r} is of timm's family {module!r}; supported: {known}.")

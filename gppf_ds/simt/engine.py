@@ -128,6 +128,7 @@ class SimtEngine:
         self.model: SimtModel = self.engine.module
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.model.named_parameters()}
         self.owners = {name: owner_of(name) for name, _ in self.model.named_parameters()}
+        self._distinct_owners = set(self.owners.values())
         self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         self.masked = None
         if self.stage:
@@ -214,7 +215,7 @@ class SimtEngine:
                         # Batch statistics couple devices: other losses reach this route too, and must not count for it.
                         job.passing.route.weights.register_hook(torch.zeros_like)
                 if number == len(groups):
-                    counts = usage_counts(set(self.owners.values()), tasks, paths, valid)
+                    counts = usage_counts(self._distinct_owners, tasks, paths, valid)
                     self.reduction.begin(counts, strict=bool(valid.all()))
                 self.engine.backward(loss, scale_wrt_gas=False)
             self.reduction.finish()

@@ -168,7 +168,7 @@ class Detection(OpenMMTask):
     def use_data(self, root: Path) -> None:
         """See :meth:`OpenMMTask.use_data`."""
         super().use_data(root)
-        for name in ("rules", "iou_types", "class_names"):
+        for name in ("rules", "iou_types", "class_names", "_model"):
             self.__dict__.pop(name, None)
 
     def shrink(self) -> None:
@@ -247,10 +247,13 @@ class Detection(OpenMMTask):
 
     def build_head(self, features: FeatureInfo) -> DetectionHead:
         """The detector without its backbone; raises :class:`UserError` if it cannot take these maps."""
-        model = self.cfg.model if self.class_balance is None else self._balanced_model(self.class_balance)
-        return DetectionHead(self.library, model, features, self.min_stride)
+        return DetectionHead(self.library, self._model, features, self.min_stride)
 
-    def _balanced_model(self, beta: float) -> Any:
+    @cached_property
+    def _model(self) -> Any:
+        """The model's configuration, its losses weighted by the objects of each class if that is asked for."""
+        if self.class_balance is None:
+            return self.cfg.model
         from gppf_ds.tasks.class_balance import class_balanced_weights, object_counts
 
         counts = object_counts(_annotations(leaf_dataset(self.cfg.train_dataloader.dataset)), self.class_names)
@@ -259,7 +262,7 @@ class Detection(OpenMMTask):
         for head in heads if isinstance(heads, list) else [heads]:
             if not head or head.loss_cls.type != "CrossEntropyLoss" or head.loss_cls.get("use_sigmoid"):
                 raise UserError(f"{self.config} has no box head with a softmax loss: leave class_balance out.")
-            head.loss_cls.class_weight = [*class_balanced_weights(counts, beta), 1.0]
+            head.loss_cls.class_weight = [*class_balanced_weights(counts, self.class_balance), 1.0]
         return model
 
     def _data_config(self, split: Split) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gppf_ds.errors import UserError
-from gppf_ds.tasks.coco_metric import Detections
+from gppf_ds.tasks.coco_metric import ResultsByImage
 from gppf_ds.tasks.detection import Detection
 
 IOU = 0.5
@@ -89,7 +89,7 @@ def _places(source: str, root: Path) -> dict[str, str]:
     return {key: str(path) for key, path in places(source, root).items()}
 
 
-class VOCMetric:
+class VOCMetric(ResultsByImage):
     """The detection metric of Pascal VOC 2010 to 2012 (Everingham et al., IJCV 2015, section 4.2), from 0 to 1.
 
     The area under the whole precision-recall curve, precision made monotonic, per class; then the mean of the classes
@@ -106,22 +106,9 @@ class VOCMetric:
     """What an exported configuration evaluates."""
 
     def __init__(self, annotations: Path, classes: Sequence[str]) -> None:
+        super().__init__()
         self.annotations = annotations
         self.classes = list(classes)
-        self._images: dict[int, Detections] = {}
-
-    def update(self, predictions: Sequence[Detections], targets: Any = None) -> None:
-        """Adds the results of a batch; the ground truth comes from the json, so ``targets`` are not read."""
-        for prediction in predictions:
-            self._images[int(prediction["image_id"])] = prediction
-
-    def state(self) -> dict[int, Detections]:
-        """The results by image id."""
-        return self._images
-
-    def merge(self, states: Sequence[dict[int, Detections]]) -> None:
-        """Replaces the results by the union; an image that several ranks evaluated counts once."""
-        self._images = {image: result for state in states for image, result in state.items()}
 
     def compute(self) -> dict[str, float]:
         """``AP50``, and ``AP50_CLASS`` for each class; nan where there is no object to find.

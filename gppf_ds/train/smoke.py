@@ -16,6 +16,7 @@ from typing import Any
 import timm
 import yaml
 
+from gppf_ds.backbone.lego import timm_module
 from gppf_ds.data.catalogue import find
 from gppf_ds.errors import UserError
 from gppf_ds.tasks.task import Task
@@ -87,7 +88,7 @@ def _sources(tasks: Iterable[Task]) -> list[str]:
 
 
 def _narrow(name: str) -> dict[str, Any]:
-    module = timm.model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else ""
+    module = timm_module(name) if timm.is_model(name) else ""
     if module not in NARROW:
         raise UserError(f"backbone.name {name!r}: smoke runs know how to shrink {', '.join(NARROW)} only.")
     return NARROW[module]

@@ -14,7 +14,7 @@ from gppf_ds.backbone import names
 from gppf_ds.errors import UserError
 from gppf_ds.train.restore import Trained
 from gppf_ds.transfer import batch_norms, card, deploy, loading
-from gppf_ds.transfer.extract import ChosenPath, Size, trained_size
+from gppf_ds.transfer.extract import ChosenPath, Size
 from gppf_ds.transfer.with_head import export_with_head
 
 WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE = "model.safetensors", "model.json", "README.md"
@@ -69,7 +69,7 @@ def export(
     if options.onnx:
         deploy.require_onnx()
     path = ChosenPath(trained.model.backbone, trained.controller.path(task))
-    size = options.size or (DENSE_SIZE if options.names in ("mmdet", "mmseg") else trained_size(path))
+    size = options.size or (DENSE_SIZE if options.names in ("mmdet", "mmseg") else path.trained_size)
     statistics = _reestimate(path, trained, task, options.reestimate) if options.reestimate else None
     named = names.from_timm(path.state(), options.names)
     target = _emptied(folder / task)

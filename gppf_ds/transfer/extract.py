@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from functools import cached_property
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
+from gppf_ds.backbone.blocks import feature_maps
 from gppf_ds.backbone.lego import LegoBackbone, LegoLayer
 from gppf_ds.errors import UserError
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
-
-
-def path_state(backbone: LegoBackbone, path: Sequence[int]) -> dict[str, Tensor]:
-    """The parameters and buffers of the chosen units under timm's names.
-
-    Args:
-        backbone: trained.
-        path: the unit of every lego layer.
-    """
-    layers = _layers(backbone)
-    return _state(layers, [layer.units[str(unit)] for layer, unit in zip(layers, path, strict=True)])
 
 
 class ChosenPath(nn.Module):
@@ -52,7 +43,7 @@ class ChosenPath(nn.Module):
         self.timm_options = backbone.timm_options
         self.kinds = {backbone.block_class(unit) for unit in path}
         self.strides = backbone.strides
-        self.layers = _layers(backbone)
+        self.layers = [layer for layer in backbone.layers if isinstance(layer, LegoLayer)]
         chosen = list(zip(self.layers, path, strict=True))
         self.numbers = {layer.name: unit for layer, unit in chosen}
         self.units = nn.ModuleList(deepcopy(layer.units[str(unit)]) for layer, unit in chosen)
@@ -61,29 +52,22 @@ class ChosenPath(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> the maps that the head was trained on, (B, C, H / stride, W / stride), finest first."""
-        maps = []
-        x = images
-        for layer, unit in zip(self.layers, self.units, strict=True):
-            x = unit(layer.before(x))
-            if layer.tap is not None:
-                maps.append(layer.tap.as_map(x, (images.shape[-2], images.shape[-1])))
-        return tuple(maps)
+        return tuple(feature_maps(zip(self.layers, self.units, strict=True), images))
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and buffers under timm's names."""
-        return _state(self.layers, self.units)
+        return {
+            layer.timm_name(name): tensor
+            for layer, unit in zip(self.layers, self.units, strict=True)
+            for name, tensor in unit.state_dict().items()
+        }
 
-
-def _layers(backbone: LegoBackbone) -> list[LegoLayer]:
-    return [layer for layer in backbone.layers if isinstance(layer, LegoLayer)]
-
-
-def _state(layers: Sequence[LegoLayer], units: Sequence[nn.Module] | nn.ModuleList) -> dict[str, Tensor]:
-    return {
-        layer.timm_name(name): tensor
-        for layer, unit in zip(layers, units, strict=True)
-        for name, tensor in unit.state_dict().items()
-    }
+    @cached_property
+    def trained_size(self) -> Size:
+        """The image size that timm's model was made for: its own, or ``img_size`` of the options."""
+        model = timm.create_model(self.timm_model, pretrained=False, **self.timm_options)
+        height, width = getattr(getattr(model, "patch_embed", None), "img_size", model.pretrained_cfg["input_size"][1:])
+        return height, width
 
 
 def probe(size: Size, images: int = 2) -> Tensor:
@@ -96,20 +80,13 @@ def relative_difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12))
 
 
-def trained_size(path: ChosenPath) -> Size:
-    """The image size that timm's model was made for: its own, or ``img_size`` of the options."""
-    model = timm.create_model(path.timm_model, pretrained=False, **path.timm_options)
-    height, width = getattr(getattr(model, "patch_embed", None), "img_size", model.pretrained_cfg["input_size"][1:])
-    return height, width
-
-
 def plain_options(path: ChosenPath, size: Size) -> dict[str, Any]:
     """Keyword arguments of ``timm.create_model`` for a model that computes what the path does on images of this size.
 
     Only Swin asks: timm decides once, by its image size, whether the windows of the last stage are shifted; on larger
     images the path shifts them, which timm does with ``always_partition``.
     """
-    if path.windowed and any(side > own for side, own in zip(size, trained_size(path), strict=True)):
+    if path.windowed and any(side > own for side, own in zip(size, path.trained_size, strict=True)):
         return {**path.timm_options, "always_partition": True}
     return dict(path.timm_options)
 

@@ -25,7 +25,6 @@ from gppf_ds.transfer.extract import (
     plain_options,
     probe,
     relative_difference,
-    trained_size,
 )
 
 LARGEST_DIFFERENCE = 1e-6
@@ -123,7 +122,7 @@ def _about_head_norm(path: ChosenPath) -> str:
 def _about_windows(path: ChosenPath) -> str:
     if not path.windowed:
         return ""
-    height, width = trained_size(path)
+    height, width = path.trained_size
     remarks = [
         f"On images larger than {height} x {width} the path shifts the windows of all stages: create the model with "
         "always_partition=True for them, and without for others. The head was given the maps of all stages but the "

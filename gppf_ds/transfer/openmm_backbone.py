@@ -13,7 +13,8 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from gppf_ds.backbone.lego import FAMILIES
+from gppf_ds.backbone.blocks import feature_maps
+from gppf_ds.backbone.lego import FAMILIES, timm_module
 from gppf_ds.tasks.pyramid import SimpleFeaturePyramid
 
 
@@ -36,12 +37,9 @@ class PathBackbone(nn.Module):
         pyramid: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        family = FAMILIES[timm.model_entrypoint(timm_model.split(".")[0]).__module__.rsplit(".", 1)[-1]]
+        family = FAMILIES[timm_module(timm_model)]
         blocks = family.split(timm.create_model(timm_model, pretrained=False, **timm_options))
-        self.blocks = [
-            block if kind == "plain" else family.variants[kind](block)
-            for block, kind in zip(blocks, unit_blocks, strict=True)
-        ]
+        self.blocks = [family.of_class(kind, block) for block, kind in zip(blocks, unit_blocks, strict=True)]
         self.units = nn.ModuleList(block.module for block in self.blocks)
         self.out_indices = tuple(out_indices)
         self.pyramid = None
@@ -51,11 +49,7 @@ class PathBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, H, W) -> the maps (B, C, H / stride, W / stride) at ``out_indices``, as the path gives them."""
-        maps, x = [], images
-        for block, unit in zip(self.blocks, self.units, strict=True):
-            x = unit(block.before(x))
-            if block.tap is not None:
-                maps.append(block.tap.as_map(x, (images.shape[-2], images.shape[-1])))
+        maps = feature_maps(zip(self.blocks, self.units, strict=True), images)
         if self.pyramid is not None:
             maps = self.pyramid(*maps)
         return tuple(maps[index] for index in self.out_indices)

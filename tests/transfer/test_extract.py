@@ -13,7 +13,7 @@ from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import NormPolicy
 from gppf_ds.config import BackboneConfig
 from gppf_ds.errors import UserError
-from gppf_ds.transfer.extract import ChosenPath, largest_difference, path_state, plain_model, plain_options
+from gppf_ds.transfer.extract import ChosenPath, largest_difference, plain_model, plain_options
 
 TINY = {"layers": [1, 2, 1, 1], "channels": [4, 8, 8, 8]}
 SWIN = {"depths": (1, 2, 1, 2), "embed_dim": 8, "num_heads": (1, 1, 2, 2)}
@@ -58,7 +58,7 @@ def test_a_path_is_a_plain_model_with_the_same_maps(name: str) -> None:
     backbone = network(name, options)
     path = some_path(backbone)
     chosen = ChosenPath(backbone, path)
-    model = plain_model(name, plain_options(chosen, size), path_state(backbone, path))
+    model = plain_model(name, plain_options(chosen, size), ChosenPath(backbone, path).state())
     images = torch.randn(2, 3, *size)
     ours = lego_maps(backbone, path, images)
     with torch.no_grad():
@@ -100,11 +100,11 @@ def test_a_path_is_a_copy() -> None:
 def test_units_of_other_tasks_do_not_matter() -> None:
     backbone = network("resnet50", TINY)
     path = some_path(backbone)
-    first = {name: tensor.clone() for name, tensor in path_state(backbone, path).items()}
+    first = {name: tensor.clone() for name, tensor in ChosenPath(backbone, path).state().items()}
     for layer, unit in zip(backbone.layers, path, strict=True):
         for parameter in layer.units[str(1 - unit)].parameters():
             parameter.data.fill_(float("nan"))
-    second = path_state(backbone, path)
+    second = ChosenPath(backbone, path).state()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
