@@ -23,6 +23,7 @@ def main() -> None:
     assert bank["both"].num_batches_tracked == 6
     assert torch.equal(bank["second"].running_var, torch.full((3,), 3.0))
     assert torch.equal(bank["nobody"].running_mean, torch.full((3,), 7.0))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
