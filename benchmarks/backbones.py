@@ -25,7 +25,7 @@ from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import NormPolicy
 from gppf_ds.config import BackboneConfig
-from gppf_ds.simt.engine import start_distributed
+from gppf_ds.simt.job import start_distributed
 from gppf_ds.transfer.extract import ChosenPath
 
 MODELS: dict[str, dict[str, Any]] = {

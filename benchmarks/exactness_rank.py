@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gppf_ds.config import BackboneConfig, ControllerConfig, EngineConfig, OptimizerConfig, RunConfig
-from gppf_ds.simt.engine import start_distributed
+from gppf_ds.simt.job import start_distributed
 from gppf_ds.simt.reference import Reference
 from gppf_ds.tasks.classification import ClassificationHead
 from gppf_ds.tasks.task import Batch, FeatureInfo, Head

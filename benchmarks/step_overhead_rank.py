@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from gppf_ds.config import BackboneConfig, EngineConfig, OptimizerConfig, RunConfig
-from gppf_ds.simt.engine import start_distributed
+from gppf_ds.simt.job import start_distributed
 from gppf_ds.tasks.bts import BTSDecoder
 from gppf_ds.tasks.classification import ClassificationHead
 from gppf_ds.tasks.depth import DepthHead, DepthTargets

@@ -11,10 +11,13 @@ from gppf_ds.train.faults import first_of_launch
 
 COMMANDS = {
     "train": ("gppf_ds.train.commands:train", "train a recipe; run again, it resumes"),
+    "finetune": ("gppf_ds.train.commands:finetune", "train new tasks from a finished run: dynamic, fixed path, grow"),
     "verify": ("gppf_ds.train.commands:verify", "compare a few steps of a recipe with the single-process reference"),
     "evaluate": ("gppf_ds.train.commands:evaluate", "evaluate a run's last checkpoint on every task"),
     "predict": ("gppf_ds.transfer.commands:predict", "run tasks on images; what their paths share runs once"),
     "export": ("gppf_ds.transfer.commands:export", "write each task's path as a plain model"),
+    "extract": ("gppf_ds.transfer.commands:extract", "the sub-network of some tasks as a run of its own, and its cost"),
+    "advise": ("gppf_ds.transfer.commands:advise", "rank a run's paths for new data, before training"),
     "convert": ("gppf_ds.transfer.commands:convert", "turn a DeepSpeed checkpoint into one plain safetensors file"),
     "analyze": ("gppf_ds.analysis.commands:analyze", "draw what the controllers learnt"),
     "summary": ("gppf_ds.analysis.commands:summary", "a run's metrics before and after, and what it wrote"),

@@ -107,8 +107,10 @@ class OptimizerConfig:
 
     name: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.02
-    """Peak learning rate, reached after the warm-up; falls to 0 as a cosine."""
+    """Peak learning rate, reached after the warm-up; falls to 0 as a cosine, or at the milestones."""
     warmup_steps: int = 0
+    milestones: list[int] = field(default_factory=list)
+    """Steps at which the learning rate is divided by 10, in the place of the cosine."""
     weight_decay: float = 5e-4
     norm_decay: bool = False
     """Decay norms, biases, position embeddings and tokens too."""
@@ -124,6 +126,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
         _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative: {self.warmup_steps}.")
+        _require(
+            all(a < b for a, b in zip([self.warmup_steps, *self.milestones], self.milestones, strict=False)),
+            f"optimizer.milestones must rise and come after the warm-up, unlike {self.milestones}.",
+        )
         _require(self.epsilon > 0, f"optimizer.epsilon must be above 0, not {self.epsilon}.")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative: {self.weight_decay}.")
         _require(self.clip_norm >= 0, f"optimizer.clip_norm must not be negative: {self.clip_norm} (0 means none).")
@@ -197,6 +203,37 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class FinetuneConfig:
+    """Start from a finished run: its backbone, perhaps a path and heads (GPPF section 3.3). It gives the backbone's
+    name, options, units and unit_blocks; the recipe's tasks are the new ones."""
+
+    source: str | None = None
+    """Folder of the finished run; null starts afresh."""
+    mode: Literal["dynamic", "fixed", "retrain", "grow"] = "dynamic"
+    """dynamic: new controllers find paths through all units, which learn on. fixed: only the units on the path of one
+    of the source's tasks, as a plain network. retrain: the same on the paths that a dynamic run found. grow: the
+    source's tasks stay exactly as they are; the new tasks get units and heads of their own."""
+    path: str | None = None
+    """For fixed the source's task whose path to take; for retrain the folder of the dynamic run."""
+    heads: dict[str, str] = field(default_factory=dict)
+    """New task -> task of the source whose head it starts from, except for the final prediction layers."""
+    final_layers: bool = False
+    """Take the heads' final prediction layers too: the classes must be the same."""
+    grow_layers: list[int] | None = None
+    """For grow: the layers that get new units; all by default."""
+    grow_units: int = 1
+    """For grow: new units in each of these layers."""
+
+    def __post_init__(self) -> None:
+        _require(
+            (self.path is not None) == (self.mode in ("fixed", "retrain")),
+            "finetune.path belongs to finetune.mode fixed (a task of the source) and retrain (the folder of a dynamic "
+            "run), and to no other.",
+        )
+        _require(self.grow_units >= 1, f"finetune.grow_units must be at least 1, not {self.grow_units}.")
+
+
+@dataclass(kw_only=True)
 class RunConfig:
     """A whole run, except its tasks."""
 
@@ -214,6 +251,12 @@ class RunConfig:
     metrics_port: int = 0
     """Prometheus exporter of local rank r listens on this port + r; 0 for none."""
     metrics_address: str = "127.0.0.1"
+    trainable: list[str] = field(default_factory=list)
+    """Patterns (with * and ?) of the names of the parameters that learn; all others, and the batch statistics of what
+    does not learn, stay bit-identical. Empty: everything learns."""
+    frozen_tasks: list[str] = field(default_factory=list)
+    """Tasks that keep head and path but are not trained here."""
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

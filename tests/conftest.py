@@ -1,4 +1,4 @@
-"""What several tests need: small demo data, and recipes that run on it in seconds."""
+"""What several tests need: small demo data, recipes that run on it in seconds, and a small network before a head."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import yaml
+from torch import nn
+
+from gppf_ds.tasks.task import FeatureInfo
 
 torch.set_num_threads(1)
 
@@ -20,6 +24,19 @@ def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "demo"
     make_demo_data(folder, train_scenes=16, val_scenes=5, train_crops=64, val_crops=20)
     return folder
+
+
+@pytest.fixture(scope="session")
+def backbone() -> nn.Module:
+    """A small ResNet of timm, in evaluation mode: images to maps of the strides 2 to 32."""
+    torch.manual_seed(0)
+    return timm.create_model("resnet10t", features_only=True).eval()
+
+
+@pytest.fixture(scope="session")
+def info(backbone: Any) -> FeatureInfo:
+    """What :func:`backbone` gives."""
+    return FeatureInfo(tuple(backbone.feature_info.channels()), tuple(backbone.feature_info.reduction()))
 
 
 @pytest.fixture

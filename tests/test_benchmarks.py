@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_recipe
 from distributed.ranks import ROOT, environment
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -66,6 +67,24 @@ def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -
     assert len(found["ratios"]) == 4
     assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
     assert 0 < found["memory"]["checkpoint"] < 0.5 * found["memory"]["plain"]
+
+
+def test_data_start_measures_every_start(tmp_path: Path) -> None:
+    found = results("data_start", tmp_path, "--images", "2000", "--boxes", "5", "--repeats", "1")
+    assert list(found["arms"]) == ["mmdet alone", "first start", "second start"]
+    seconds = {arm: runs["seconds"]["median"] for arm, runs in found["arms"].items()}
+    assert 0 < seconds["second start"] < 0.5 * seconds["mmdet alone"]
+    assert 0 < found["bytes"]["kept"] < found["bytes"]["json"]
+
+
+def test_data_wait_measures_every_number_of_workers(tmp_path: Path, light_recipe: dict[str, Any]) -> None:
+    recipe = write_recipe(light_recipe, tmp_path)
+    options = ["--config", str(recipe), "--workers", "0", "1", "--steps", "3", "--warmup", "1"]
+    found = results("data_wait", tmp_path, *options)
+    assert list(found) == ["0", "1"]
+    for one in found.values():
+        assert 0 < one["wait"]["min"] <= one["wait"]["median"] < one["step"]["median"]
+        assert 0 < one["share"] < 1
 
 
 @pytest.mark.parametrize(

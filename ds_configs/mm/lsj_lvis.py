@@ -3,9 +3,15 @@
 
 Not repeated here is mmdet's oversampling of rare classes (``ClassBalancedDataset``): GPPF balances classes in a second
 stage.
+
+The paper does not say what its loss does with the classes that nobody looked for in an image. mmdet's counts them as
+absent; here box heads leave them out (``federated``, see ``gppf_ds/tasks/federated.py``). ``overrides: {federated:
+false}`` in a recipe gives mmdet's loss.
 """
 
 _base_ = "./lsj_coco.py"
+
+federated = True
 
 train_dataloader = dict(
     dataset=dict(

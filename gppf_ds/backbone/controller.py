@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from gppf_ds.config import ControllerConfig
 from gppf_ds.seeding import GUMBEL, generator
 
+NEVER = -1e4
+"""The logit of a unit that a task must not choose: no noise lifts it, its probability is exactly 0."""
+
 
 def temperature(step: int, steps: int, config: ControllerConfig) -> float:
     """Gumbel-softmax temperature: falls linearly over the first ``decay_share`` of the steps (GPPF D.1)."""

@@ -81,12 +81,14 @@ class Lockstep:
         """
         if not self.norms[0]:
             return [_call(units[k], x, lane, 0, reseed) for lane, (k, x) in enumerate(lanes)]
-        runs = [_run(self.graphs[k], units[k], x, lane, reseed) for lane, (k, x) in enumerate(lanes)]
+        # Where one unit learns, all lanes meet: those of frozen units bring the same collectives to every rank.
+        meet = any(unit.training for unit in units)
+        runs = [_run(self.graphs[k], units[k], x, lane, reseed, meet) for lane, (k, x) in enumerate(lanes)]
         names = zip(*self.norms, strict=True)
         inputs, outputs = _advance(runs, [None] * len(runs))
         while not outputs:
             norms: list[Any] = [unit.get_submodule(name) for unit, name in zip(units, next(names), strict=True)]
-            if norms[0].training:
+            if meet:
                 meeting = [(k, x) for (k, _), x in zip(lanes, inputs, strict=True)]
                 inputs, outputs = _advance(runs, batch_norm(norms, meeting))
         return outputs
@@ -114,7 +116,12 @@ def _advance(runs: Sequence[_Run], normalised: Sequence[Tensor | None]) -> tuple
 
 
 def _run(
-    graph: Sequence[fx.Node], unit: nn.Module, x: Tensor, lane: int, reseed: Callable[[int, int], None] | None
+    graph: Sequence[fx.Node],
+    unit: nn.Module,
+    x: Tensor,
+    lane: int,
+    reseed: Callable[[int, int], None] | None,
+    meet: bool,
 ) -> _Run:
     values: dict[fx.Node, Any] = {}
     for position, node in enumerate(graph):
@@ -131,7 +138,7 @@ def _run(
             values[node] = getattr(args[0], target)(*args[1:], **kwargs)
         elif node.op == "call_module":
             module: Any = unit.get_submodule(target)
-            if isinstance(module, nn.BatchNorm2d) and module.training:
+            if isinstance(module, nn.BatchNorm2d) and meet:
                 y = yield args[0]
                 # timm's combined module: the norm and what follows it.
                 values[node] = module.act(module.drop(y)) if isinstance(module, BatchNormAct2d) else y

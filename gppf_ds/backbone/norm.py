@@ -55,16 +55,19 @@ def cross_task_batch_norm(
         policy: see :class:`NormPolicy`.
 
     Returns:
-        The normalised maps, lane by lane. A norm that no lane of any rank uses keeps its running statistics.
+        The normalised maps, lane by lane. A norm that no lane of any rank uses keeps its running statistics; one in
+        evaluation mode (of a frozen unit) normalises with them.
     """
     slots = [slot for slot, _ in lanes]
     used = sorted(set(slots))
     affine = [tensor for slot in used for tensor in (norms[slot].weight, norms[slot].bias)]
-    plan = _Plan(policy, norms[0].eps, len(norms), slots, used)
+    frozen = {slot: norms[slot] for slot in used if not norms[slot].training}
+    plan = _Plan(policy, norms[0].eps, len(norms), slots, used, frozen)
     *outputs, pooled = _CrossTaskBatchNorm.apply(plan, *affine, *[x for _, x in lanes])
     if not _recomputing():
         for norm, row in zip(norms, pooled, strict=True):
-            _update_running_statistics(norm, row)
+            if norm.training:
+                _update_running_statistics(norm, row)
     return outputs
 
 
@@ -75,6 +78,7 @@ class _Plan:
     num_slots: int
     slots: list[int]
     used: list[int]
+    frozen: dict[int, nn.BatchNorm2d]
 
 
 class _CrossTaskBatchNorm(torch.autograd.Function):
@@ -87,19 +91,21 @@ class _CrossTaskBatchNorm(torch.autograd.Function):
         local = [_statistics(x, plan.policy.share(x)) for x in xs]
         pooled = torch.zeros(plan.num_slots, 2 * channels + 2, dtype=torch.float64, device=xs[0].device)
         for slot, row in zip(plan.slots, local, strict=True):
-            pooled[slot] += row
+            if slot not in plan.frozen:
+                pooled[slot] += row
         _all_reduce(pooled, plan.policy.group)
 
         outputs, means, variances, shares = [], [], [], []
         for slot, x, own in zip(plan.slots, xs, local, strict=True):
             row = pooled[slot] if plan.policy.synchronise else own
-            mean, variance = _moments(row)
+            mean, variance = _running(plan.frozen[slot]) if slot in plan.frozen else _moments(row)
             weight, bias = affine[2 * plan.used.index(slot) : 2 * plan.used.index(slot) + 2]
             outputs.append(nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, plan.eps))
             means.append(mean)
             variances.append(variance)
             # The weight of one element of this lane in the statistics that it was normalised with.
-            shares.append(plan.policy.share(x) * channels / x.numel() / row[-2])
+            share = plan.policy.share(x) * channels / x.numel() / row[-2]
+            shares.append(torch.zeros_like(share) if slot in plan.frozen else share)
         ctx.save_for_backward(*affine, *xs, *means, *variances, torch.stack(shares))
         ctx.plan = plan
         ctx.mark_non_differentiable(pooled)
@@ -160,6 +166,12 @@ def _moments(row: Tensor) -> tuple[Tensor, Tensor]:
     mean = row[:channels] / row[-2]
     variance = (row[channels:-2] / row[-2] - mean * mean).clamp_(min=0)
     return mean.float(), variance.float()
+
+
+def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean, norm.running_var
 
 
 @torch.no_grad()

@@ -226,15 +226,16 @@ def _copy(values: State, backbone: LegoBackbone, seed: int, report: Report) -> N
             report.missing[name] = f"{_shape(value)} in the checkpoint, {_shape(tensor)} in the backbone"
         else:
             noisy = unit > 0 and isinstance(tensor, nn.Parameter)
-            tensor.copy_(_moved(value, report.noise, seed, layer, unit, name) if noisy else value)
+            tensor.copy_(moved(value, report.noise, seed, layer, unit, name) if noisy else value)
             loaded[name] = True
     report.loaded = [name for name in loaded if name not in report.missing]
 
 
-def _moved(value: Tensor, noise: float, seed: int, layer: int, unit: int, name: str) -> Tensor:
+def moved(value: Tensor, noise: float, seed: int, *key: int | str) -> Tensor:
+    """value + noise * std(value) * N(0, 1): the same bits for the same seed and key."""
     # numpy in double precision: the number of torch's threads must not decide the last bit.
     exact = value.double().numpy()
-    draws = generator(seed, INIT, "pretrained", layer, unit, name).standard_normal(exact.shape)
+    draws = generator(seed, INIT, "pretrained", *key).standard_normal(exact.shape)
     return torch.from_numpy(exact + noise * exact.std() * draws)
 
 

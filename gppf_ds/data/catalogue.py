@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from gppf_ds.data.licences import LICENCES
 from gppf_ds.data.sets import classification, detection, kitti_depth, segmentation, uodb
 from gppf_ds.data.source import Source
 from gppf_ds.errors import UserError
 
+_SETS = (classification, detection, uodb, segmentation, kitti_depth)
+
 SOURCES: dict[str, Source] = {
-    **classification.SOURCES,
-    **detection.SOURCES,
-    **uodb.SOURCES,
-    **segmentation.SOURCES,
-    **kitti_depth.SOURCES,
+    name: replace(source, licence=LICENCES.get(name, "")) for sets in _SETS for name, source in sets.SOURCES.items()
 }
 """By the name that a task's ``source`` has."""
 

@@ -2,55 +2,28 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from time import time_ns
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gppf_ds.data.cached_files import MappedArray, just_changed, one_at_a_time, whole_file, writable
 from gppf_ds.data.folders import IMAGE_SUFFIXES
+from gppf_ds.data.user_cache import user_cache
 from gppf_ds.errors import UserError
 
 _MAGIC = b"gppf-ds index 1\n"
 _SCANNERS = 16
 """Folders listed at a time: on a network file system listing is waiting."""
-_CLOCK_TICK = 2_000_000_000
-"""Nanoseconds within which some file systems cannot tell two changes of a folder apart."""
-
-_CLOCK_SKEW = 60_000_000_000
-"""Nanoseconds by which the clock of a file server may be ahead; later times were unpacked from an archive."""
 
 log = logging.getLogger(__name__)
-
-
-class MappedArray:
-    """An array mapped from a file, shape (length,), read-only; its pickle is the place, so processes share the pages.
-
-    Raises:
-        OSError, ValueError: the file is missing or too short.
-    """
-
-    def __init__(self, path: Path, dtype: str, length: int, offset: int = 0) -> None:
-        self._place = (path, dtype, length, offset)
-        # A map cannot be empty.
-        self.array: NDArray[Any] = np.memmap(path, dtype, "r", offset, (length,)) if length else np.empty(0, dtype)
-
-    def __len__(self) -> int:
-        return len(self.array)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return MappedArray, self._place
 
 
 @dataclass(frozen=True)
@@ -101,9 +74,9 @@ def class_folders(folder: Path) -> ClassFolders:
         if (found := _read(place, folder)) is not None:
             return found
     for place in places:
-        if not _writable(place.parent):
+        if not writable(place.parent):
             continue
-        with _one_at_a_time(place.parent):
+        with one_at_a_time(place.parent):
             if (found := _read(place, folder)) is None:
                 log.info("scanning %s", folder)
                 _write(place, folder)
@@ -117,30 +90,7 @@ def class_folders(folder: Path) -> ClassFolders:
 
 
 def _cache_place(folder: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "gppf-ds" / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.index"
-
-
-def _writable(folder: Path) -> bool:
-    """Asks by writing: permission bits say nothing of read-only mounts and of full disks."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=folder, prefix=".gppf-ds-"):
-            return True
-    except OSError:
-        return False
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Holds the lock of a folder; file systems without locks let everyone scan, which is slower but right."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return user_cache() / f"{hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]}.index"
 
 
 def _write(place: Path, folder: Path) -> None:
@@ -164,17 +114,10 @@ def _write(place: Path, folder: Path) -> None:
     facts = {"scanned": scanned, "times": times, "classes": classes, "starts": starts, "bytes": sum(map(len, blobs))}
     header = json.dumps(facts).encode()
     header += b" " * (-(len(_MAGIC) + 8 + len(header)) % 8)  # memory maps of 8-byte numbers want to be aligned
-    with NamedTemporaryFile(dir=place.parent, prefix=".gppf-ds-", delete=False) as file:
-        try:
-            file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
-            file.write(np.concatenate(lengths).cumsum().tobytes())
-            file.writelines(blobs)
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, place)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with whole_file(place) as file:
+        file.write(_MAGIC + len(header).to_bytes(8, "little") + header)
+        file.write(np.concatenate(lengths).cumsum().tobytes())
+        file.writelines(blobs)
 
 
 def _scan(folder: Path) -> tuple[list[bytes], dict[str, int]]:
@@ -226,7 +169,7 @@ def _read(place: Path, folder: Path, judge_age: bool = True) -> ClassFolders | N
 
 def _still_true(folder: Path, times: dict[str, int], scanned: int) -> bool:
     """Whether no folder has changed, nor may have changed unnoticed because the scan came too soon after a change."""
-    if any(scanned - _CLOCK_TICK < at < scanned + _CLOCK_SKEW for at in times.values()):
+    if any(just_changed(at, scanned) for at in times.values()):
         return False
     with ThreadPoolExecutor(_SCANNERS) as pool:
         present = pool.map(lambda name: os.stat(os.path.join(folder, name)).st_mtime_ns, times, chunksize=256)

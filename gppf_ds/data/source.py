@@ -25,3 +25,5 @@ class Source:
     """The first broken annotations of a copy, at most so many: one sentence each, with file and line or id."""
     smoke: Callable[[Path], None]
     """Writes a tiny set of the same layout and format (directory names, json keys, csv columns, png palettes)."""
+    licence: str = ""
+    """Of images and annotations, as their authors state it; empty where that is not known."""

@@ -35,6 +35,7 @@ class Metrics:
             "device_contributions_dropped_total", "Devices whose loss or gradient was not finite", ["task"], **options
         )
         self.unreadable = Counter("unreadable_samples_total", "Samples replaced by the next one", ["task"], **options)
+        self.worker_restarts = Counter("worker_restarts_total", "Pools of data workers started anew", **options)
         self.last_step = Gauge("last_step_timestamp_seconds", "When the last step ended", **options)
         self.checkpoint_time = Gauge("checkpoint_last_timestamp_seconds", "When the last checkpoint ended", **options)
         Info("build", "Versions", **options).info({"version": gppf_ds.__version__, **versions})

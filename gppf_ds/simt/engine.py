@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import logging
-import os
-import socket
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,68 +16,15 @@ from torch import Tensor
 from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import LegoLayer
 from gppf_ds.config import RunConfig
-from gppf_ds.errors import UserError
 from gppf_ds.simt.audit import Audit
 from gppf_ds.simt.buffers import average_head_buffers
 from gppf_ds.simt.deepspeed_config import deepspeed_config
+from gppf_ds.simt.job import import_deepspeed, resolve_precision
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
 from gppf_ds.simt.optimizer import build_optimizer, learning_rate
 from gppf_ds.simt.reduction import LayerwiseReduction, split_into_parts
 from gppf_ds.simt.usage import Owner, owner_of, usage_counts
-
-VERIFIED = ("0.19",)
-"""DeepSpeed releases whose internals were checked against this file."""
-
-
-def start_distributed(timeout: float) -> torch.device:
-    """Joins the job's process group (a group of one without a launcher) and returns this rank's device.
-
-    Args:
-        timeout: seconds after which a collective that some rank never joined raises.
-    """
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
-    deepspeed = _import_deepspeed()
-    # On CPU DeepSpeed would compile a shared-memory all-reduce here, for minutes; gloo serves as well.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout), verbose=False)
-    return device
-
-
-def _import_deepspeed() -> Any:
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not deepspeed.__version__.startswith(VERIFIED):
-        raise UserError(
-            f"DeepSpeed {deepspeed.__version__} is installed, but the task average reaches into internals that were "
-            f"verified with {', '.join(v + '.x' for v in VERIFIED)} only: pip install 'deepspeed>=0.19.8,<0.20'."
-        )
-    return deepspeed
-
-
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16 for this device.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
-    if wanted == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "fp16" and device.type == "cpu":
-        raise UserError("engine.precision fp16 needs a GPU: use fp32 or bf16 on a CPU.")
-    return wanted
 
 
 @dataclass
@@ -95,6 +38,8 @@ class StepReport:
     skipped: str | None = None
     """Why the whole step changed nothing, if so."""
     counts: Mapping[Owner, int] = field(default_factory=dict)
+    paths: np.ndarray | None = None
+    """The unit of every layer that each device ran, (devices, layers); None where devices mix all units."""
 
 
 class SimtEngine:
@@ -108,7 +53,7 @@ class SimtEngine:
     """
 
     def __init__(self, model: SimtModel, controller: Controller, config: RunConfig, device: torch.device) -> None:
-        deepspeed = _import_deepspeed()
+        deepspeed = import_deepspeed()
         self.config = config
         self.device = device
         self.stage = config.engine.zero_stage
@@ -130,6 +75,11 @@ class SimtEngine:
         self.owners = {name: owner_of(name) for name, _ in self.model.named_parameters()}
         self._distinct_owners = set(self.owners.values())
         self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
+        self.frozen = [(n, p) for n, p in self.model.named_parameters() if not p.requires_grad]
+        # DeepSpeed's hook on a leaf module needs an input with a gradient. So do batch norms where some units are
+        # frozen: a rank that runs only such ones must take part in the collectives of backward all the same.
+        learning = {p.requires_grad for p in self.model.backbone.parameters()}
+        self._images_need_gradients = self.stage == 3 or learning == {True, False}
         self.masked = None
         if self.stage:
             partitions = _partitions_of_stage_3 if self.stage == 3 else _partitions_of_stages_1_and_2
@@ -203,7 +153,7 @@ class SimtEngine:
         valid = np.ones(len(tasks), dtype=bool)
         with self._local_gradients():
             for number, jobs in enumerate(groups, start=1):
-                if self.stage == 3:  # a leaf module's backward hook needs an input with a gradient
+                if self._images_need_gradients:
                     for job in jobs:
                         job.passing.images.requires_grad_()
                 loss, outcomes = self.engine(jobs, self._loss_scale())
@@ -226,7 +176,7 @@ class SimtEngine:
                     parameter.grad = None
         if self.stage == 3:
             self._clear_stale_partitions(counts)
-        return StepReport(losses, valid, self._update(tasks, valid, counts, skipped), counts)
+        return StepReport(losses, valid, self._update(tasks, valid, counts, skipped), counts, paths)
 
     def _update(
         self, tasks: Sequence[str], valid: np.ndarray, counts: Mapping[Owner, int], skipped: str | None
@@ -296,15 +246,27 @@ class SimtEngine:
             return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
         whole = {}
         for name, parameter in self.model.named_parameters():
-            with _import_deepspeed().zero.GatheredParameters([parameter]):
+            with import_deepspeed().zero.GatheredParameters([parameter]):
                 whole[name] = parameter.detach().cpu().clone()
         return whole
 
     def _owned(self, every_rank: bool = False) -> list[tuple[str, int, Tensor]]:
-        """The parameter parts that this rank steps, as (name, start, tensor); at stage 0 rank 0 stands for all."""
-        if self.masked is not None:
-            return [(segment.name, segment.start, view) for segment, view in self.masked.views]
-        return [(name, 0, p) for name, p in self.model.named_parameters()] if every_rank or self.rank == 0 else []
+        """The parameter parts that this rank steps, as (name, start, tensor); at stage 0 rank 0 stands for all.
+
+        Frozen parameters, which no optimizer holds, are rank 0's, and at stage 3 every rank's in parts.
+        """
+        if self.masked is None:
+            return [(name, 0, p) for name, p in self.model.named_parameters()] if every_rank or self.rank == 0 else []
+        owned = [(segment.name, segment.start, view) for segment, view in self.masked.views]
+        if self.stage < 3:
+            return owned + ([(name, 0, p) for name, p in self.frozen] if self.rank == 0 else [])
+        for name, parameter in self.frozen:
+            part = parameter.ds_tensor.data.view(-1)
+            start = self.rank * part.numel()
+            own = part[: max(0, min(part.numel(), parameter.ds_numel - start))]
+            if own.numel():
+                owned.append((name, start, own))
+        return owned
 
     def _paths(self, tasks: Sequence[str], step: int) -> np.ndarray | None:
         """Where devices run single units: those that every device of every rank chooses, (devices, layers)."""

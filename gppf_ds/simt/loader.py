@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from gppf_ds.config import LoaderConfig
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.seeding import SAMPLE, seed_global_generators
 from gppf_ds.simt.sampler import Request
+from gppf_ds.simt.workers import WorkerPool
 from gppf_ds.tasks.task import Dataset
 
 MAX_ATTEMPTS = 50
@@ -30,6 +30,8 @@ class LoadedBatch:
     data: Any
     unreadable: list[str] = field(default_factory=list)
     """What could not be read and was replaced by the task's next sample."""
+    restarts: int = 0
+    """Pools of workers that died before this batch and after the one before it."""
 
 
 @dataclass
@@ -83,37 +85,20 @@ def load(
         config: workers and prefetch.
 
     Raises:
-        UserError: a task's samples are unreadable.
+        UserError: a task's samples are unreadable, or workers die again and again.
     """
-    workers = config.workers
-    answers = DataLoader(
-        RequestDataset(readers, seed),
-        batch_size=None,
-        sampler=requests,
-        num_workers=workers,
-        prefetch_factor=config.prefetch if workers else None,
-        collate_fn=_identity,  # type: ignore[arg-type]
-        worker_init_fn=_start_worker,
-    )
-    for answer in answers:
+    pool = WorkerPool(RequestDataset(readers, seed), requests, config.workers, config.prefetch, _name)
+    restarts = 0
+    for answer in pool:
         if isinstance(answer, UserError):
             raise answer
+        answer.restarts, restarts = pool.restarts - restarts, pool.restarts
         yield answer
 
 
-def _identity(answer: LoadedBatch | UserError) -> LoadedBatch | UserError:
-    return answer
-
-
-def _start_worker(worker: int) -> None:
-    """One thread per worker: the pool is the parallelism."""
-    torch.set_num_threads(1)
-    try:
-        import cv2
-
-        cv2.setNumThreads(0)
-    except ImportError:
-        pass
+def _name(request: Request) -> str:
+    samples = ", ".join(map(str, request.indices))
+    return f"step {request.step}, task {request.task!r}, samples {samples}"
 
 
 class UnreadableSamples:

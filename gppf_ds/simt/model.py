@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import BatchNormRule, NormPolicy
+from gppf_ds.errors import UserError
 from gppf_ds.seeding import FORWARD, seed_global_generators
 from gppf_ds.tasks.task import Batch, Head
 
@@ -116,6 +119,16 @@ class _StoredGradients(torch.autograd.Function):
         return (None, None, None, *(stored * factor.to(stored.dtype) for stored in ctx.stored))
 
 
+def _rest(module: nn.Module) -> None:
+    """Evaluation mode for the largest submodules that have parameters, none of which learns."""
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        module.eval()
+        return
+    for child in module.children():
+        _rest(child)
+
+
 class SimtModel(nn.Module):
     """Backbone and heads; what the DeepSpeed engine holds."""
 
@@ -130,6 +143,36 @@ class SimtModel(nn.Module):
         self.backbone = backbone
         self.heads = HeadBank(heads, loss_weights)
         self.batch_norm = batch_norm or NormPolicy()
+        self._partly_frozen = False
+
+    def freeze_all_but(self, patterns: Sequence[str]) -> None:
+        """Only parameters whose names fit a pattern (with * and ?) learn from now on.
+
+        A module none of whose parameters learns stays in evaluation mode, so that its batch norms use, and keep, their
+        running statistics.
+
+        Raises:
+            UserError: a pattern fits no parameter.
+        """
+        names = [name for name, _ in self.named_parameters()]
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                near = difflib.get_close_matches(pattern, names, 1)
+                raise UserError(
+                    f"trainable: no parameter's name fits {pattern!r}" + (f" (there is {near[0]})." if near else ".")
+                )
+        for name, parameter in self.named_parameters():
+            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+                parameter.requires_grad_(False)
+        self._partly_frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> SimtModel:
+        """As in torch, save that what does not learn stays in evaluation mode."""
+        super().train(mode)
+        if mode and self._partly_frozen:
+            _rest(self)
+        return self
 
     def forward(self, jobs: Sequence[Job], loss_scale: float = 1.0) -> tuple[Tensor, list[DeviceLoss]]:
         """Runs this rank's devices through backbone and heads; see :meth:`HeadBank.forward`."""

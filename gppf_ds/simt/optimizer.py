@@ -12,10 +12,13 @@ from gppf_ds.simt.model import SimtModel
 
 
 def learning_rate(step: int, config: RunConfig) -> float:
-    """Linear warm-up, then a cosine from the peak to 0 at the last step."""
-    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    """Linear warm-up, then a cosine from the peak to 0 at the last step, or a tenth at every milestone."""
+    settings = config.optimizer
+    peak, warmup, milestones = settings.learning_rate, settings.warmup_steps, settings.milestones
     if step < warmup:
         return peak * (step + 1) / warmup
+    if milestones:
+        return peak * 0.1 ** sum(step >= milestone for milestone in milestones)
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 

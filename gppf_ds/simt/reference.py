@@ -71,8 +71,8 @@ class Reference:
 
         contributing = [(task, route.path) for task, route, finite in zip(tasks, routes, valid, strict=True) if finite]
         users = {
-            name: sum(uses(name, task, path) for task, path in contributing)
-            for name, _ in self.model.named_parameters()
+            name: sum(uses(name, task, path) for task, path in contributing) if parameter.requires_grad else 0
+            for name, parameter in self.model.named_parameters()
         }
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in trained:
@@ -115,6 +115,8 @@ class Reference:
         return outcomes
 
     def _route(self, task: str, step: int, device: int) -> Route:
+        if self.controller.frozen:
+            return self.controller.fixed_route(task)
         noise = self.controller.noise(self.config.seed, step, device)
         tau = temperature(step, self.config.steps, self.config.controller)
         hard = self.config.backbone.routing == "hard"
@@ -140,6 +142,10 @@ def batch_norm(
     for unit, norm in enumerate(norms):
         users = [lane for lane, (k, _) in enumerate(lanes) if k == unit]
         if not users:
+            continue
+        if not norm.training:  # of a frozen unit
+            for lane in users:
+                outputs[lane] = norm(lanes[lane][1])
             continue
         together = _moments([lanes[lane][1] for lane in users], weighting)
         _update_running_statistics(norm, *together, sum(lanes[lane][1][:, 0].numel() for lane in users))

@@ -15,7 +15,17 @@ from gppf_ds.data.folders import read_rgb
 from gppf_ds.data.sets.classification import SETS, open_split
 from gppf_ds.data.sets.classification_images import open_folders
 from gppf_ds.errors import UserError
-from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, PlainPath, Split, Task
+from gppf_ds.tasks.task import (
+    Batch,
+    Dataset,
+    FeatureInfo,
+    Head,
+    InputNormalisation,
+    PlainPath,
+    ProbeSamples,
+    Split,
+    Task,
+)
 
 TOP_K = 5
 SPLITS: tuple[Split, ...] = ("train", "val")
@@ -239,9 +249,19 @@ class Classification(Task):
             described.append({"summary": f"{best[0]['name']} ({best[0]['score']:.2f})", "classes": best})
         return described
 
+    def probe_dataset(self, split: Split) -> Dataset:
+        """The images of a split as ``val`` prepares them."""
+        return self._images(split, self._transform("val"))
+
+    def probe(self, features: list[Tensor], targets: Tensor) -> ProbeSamples:
+        """What the head's linear layer reads: the last map, averaged; and the label."""
+        return ProbeSamples([features[-1].mean(dim=(2, 3))], targets.cpu(), torch.arange(len(targets)))
+
 
 class ClassificationHead(Head):
     """Global average pooling and a linear layer; cross-entropy (GPPF section 4.1)."""
+
+    prediction_layers = ("linear.*",)
 
     def __init__(self, channels: int, classes: int, label_smoothing: float) -> None:
         super().__init__()

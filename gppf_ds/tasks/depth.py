@@ -13,7 +13,8 @@ from torch import Tensor
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.bts import BTSDecoder
 from gppf_ds.tasks.depth_metric import DepthMetric, DepthTargets
-from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, Split, Task
+from gppf_ds.tasks.probe import of_depth
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, ProbeSamples, Split, Task
 
 SIZE_MULTIPLE = 32
 """Sides of the network's input are multiples of the backbone's coarsest stride."""
@@ -230,6 +231,14 @@ class Depth(Task):
             described.append({"summary": f"{least:.2f} to {most:.2f} m", **values})
         return described
 
+    def probe_dataset(self, split: Split) -> Dataset:
+        """Whole images of a split."""
+        return DepthDataset(self._pairs(split), self.depth_scale, self.kb_crop, augment=None)
+
+    def probe(self, features: list[Tensor], targets: DepthTargets) -> ProbeSamples:
+        """The logarithm of the depth at some measured pixels; see :func:`gppf_ds.tasks.probe.of_depth`."""
+        return of_depth(features, targets, self.min_depth, self.max_depth)
+
 
 class DepthDataset:
     """Reads pairs of an image and a depth map; ``crop`` (see :func:`bottom_crop`) and ``augment`` change both alike."""
@@ -259,6 +268,8 @@ class DepthDataset:
 
 class DepthHead(Head):
     """The decoder with its loss; predictions are (H, W) metres, clipped to [min_depth, max_depth]."""
+
+    prediction_layers = ("decoder.fuse.1.*",)
 
     def __init__(self, decoder: BTSDecoder, min_depth: float, max_depth: float, variance_focus: float) -> None:
         super().__init__()

@@ -14,17 +14,10 @@ from torch import Tensor
 from gppf_ds.errors import UserError
 from gppf_ds.tasks.coco_metric import CocoMetric, Detections
 from gppf_ds.tasks.lvis_metric import LvisMetric, load_lvis
-from gppf_ds.tasks.openmm import (
-    OpenMMHead,
-    OpenMMTask,
-    class_counts,
-    existing,
-    leaf_dataset,
-    scope,
-    set_class_count,
-    walk,
-)
-from gppf_ds.tasks.task import FeatureInfo, Head, Metric, PlainPath, Split
+from gppf_ds.tasks.openmm import class_counts, existing, leaf_dataset, only_leaf_dataset, scope, set_class_count, walk
+from gppf_ds.tasks.openmm_task import OpenMMHead, OpenMMTask
+from gppf_ds.tasks.probe import of_boxes, openmm_dataset, with_boxes
+from gppf_ds.tasks.task import Dataset, FeatureInfo, Head, Metric, PlainPath, ProbeSamples, Split
 
 Rules = Literal["coco", "lvis", "openimages"]
 
@@ -45,6 +38,8 @@ _SMOKE_PROPOSALS = 32
 
 class DetectionHead(OpenMMHead):
     """Neck, proposals and heads of an mmdet detector."""
+
+    prediction_layers = ("*fc_cls.*", "*fc_reg.*", "*conv_logits.*", "*retina_cls.*", "*conv_cls.*")
 
     @torch.no_grad()
     def predict(self, features: list[Tensor], targets: Any) -> list[Detections]:
@@ -71,7 +66,8 @@ class Detection(OpenMMTask):
     """Boxes, and masks where the configuration's ``val_evaluator`` names ``segm``.
 
     The data set classes of mmdet for COCO, Objects365, LVIS and Open Images are read in their official layouts and
-    scored by the rules of their own evaluators.
+    scored by the rules of their own evaluators. A configuration of LVIS or Open Images with ``federated = True`` trains
+    its box heads on what was judged in every image (:mod:`gppf_ds.tasks.federated`).
 
     Args:
         config: path of an mmdet configuration or the name of a shipped one (see :func:`load_config`). Its backbone is
@@ -86,8 +82,7 @@ class Detection(OpenMMTask):
         classes: class names in the order of the category ids, only to be checked against the json files.
         overrides: values to merge into the configuration, nested or with dotted keys.
         class_balance: beta of the class-balanced loss for the classification of boxes, for example 0.999 (see
-            :func:`gppf_ds.tasks.class_balance.class_balanced_weights`); the background keeps the weight 1. None: the
-            configuration's loss as it is.
+            :func:`gppf_ds.tasks.class_balance.class_balanced_weights`). None: the configuration's loss as it is.
     """
 
     library = "mmdet"
@@ -139,6 +134,11 @@ class Detection(OpenMMTask):
             )
         return _RULES[kind]
 
+    @property
+    def federated(self) -> bool:
+        """Whether the box heads leave out the classes that nobody judged in an image."""
+        return bool(self.cfg.get("federated"))
+
     @cached_property
     def iou_types(self) -> list[str]:
         """What the configuration evaluates: ``["bbox"]`` or ``["bbox", "segm"]``."""
@@ -183,16 +183,23 @@ class Detection(OpenMMTask):
         """Reads the configuration and the annotations (of LVIS, Objects365 and Open Images only the classes).
 
         Raises:
-            UserError: a file is missing, the json files are wrong, or ``classes`` or a configured ``num_classes``
-                disagrees with them.
+            UserError: a file is missing, the json files are wrong, ``classes`` or a configured ``num_classes``
+                disagrees with them, or the configuration is federated and cannot be.
         """
         from gppf_ds.data.coco import check_coco
 
         rules = self.rules  # first of all: of an unknown class not even the files are known
+        if self.federated:
+            from gppf_ds.tasks.federated import check_federated
+
+            check_federated(self.cfg, self.config)
         leaves = [leaf_dataset(self.cfg[f"{split}_dataloader"].dataset) for split in ("train", "val")]
         key = "data_root" if self.data_root else "the dataloaders' data_root"
         files = [existing(_annotations(leaf), key) for leaf in leaves]
         folders = [existing(Path(leaf.get("data_root") or "") / leaf.data_prefix.img, key) for leaf in leaves]
+        for leaf in leaves:
+            if verified := leaf.get("image_level_ann_file"):
+                existing(Path(leaf.get("data_root") or "") / verified, key)
         if rules == "openimages":
             names = self.class_names
         elif {_class_name(leaf) for leaf in leaves} == {"CocoDataset"}:
@@ -232,8 +239,9 @@ class Detection(OpenMMTask):
             return
         names = _category_names(existing(Path(self.data_root) / self.places["val"], "val"))
         set_class_count(cfg.model, len(names))
+        cfg.federated = False  # a json in COCO's format says nothing of what was judged
         for split in ("train", "val"):
-            leaf = leaf_dataset(cfg[f"{split}_dataloader"].dataset)
+            leaf = only_leaf_dataset(cfg[f"{split}_dataloader"].dataset)
             kept = {key: leaf[key] for key in ("pipeline", "filter_cfg") if key in leaf}
             leaf.clear()
             leaf.update(
@@ -247,7 +255,10 @@ class Detection(OpenMMTask):
 
     def build_head(self, features: FeatureInfo) -> DetectionHead:
         """The detector without its backbone; raises :class:`UserError` if it cannot take these maps."""
-        return DetectionHead(self.library, self._model, features, self.min_stride)
+        from gppf_ds.tasks.federated import FederatedHead
+
+        kind = FederatedHead if self.federated else DetectionHead
+        return kind(self.library, self._model, features, self.min_stride)
 
     @cached_property
     def _model(self) -> Any:
@@ -258,23 +269,31 @@ class Detection(OpenMMTask):
 
         counts = object_counts(_annotations(leaf_dataset(self.cfg.train_dataloader.dataset)), self.class_names)
         model = copy.deepcopy(self.cfg.model)
-        heads = model.get("roi_head", {}).get("bbox_head")
-        for head in heads if isinstance(heads, list) else [heads]:
-            if not head or head.loss_cls.type != "CrossEntropyLoss" or head.loss_cls.get("use_sigmoid"):
-                raise UserError(f"{self.config} has no box head with a softmax loss: leave class_balance out.")
-            head.loss_cls.class_weight = [*class_balanced_weights(counts, self.class_balance), 1.0]
+        heads = box_heads(model)
+        if not heads or any(h.loss_cls.type != "CrossEntropyLoss" or h.loss_cls.get("use_sigmoid") for h in heads):
+            raise UserError(f"{self.config} has no box head with a softmax loss: leave class_balance out.")
+        for head in heads:
+            head.loss_cls.class_weight = class_balanced_weights(counts, self.class_balance)
         return model
 
     def _data_config(self, split: Split) -> dict[str, Any]:
         config = super()._data_config(split)
         leaf = leaf_dataset(config)
-        rules = _RULES.get(_class_name(leaf))
-        if rules == "lvis":
+        kind = _class_name(leaf)
+        if _RULES.get(kind) == "lvis":
             load_lvis()  # before mmdet imports it
-        if rules == "openimages":
+        if _RULES.get(kind) == "openimages":
             from gppf_ds.tasks.openimages_data import OpenImagesBoxes
 
             leaf["type"] = OpenImagesBoxes
+        if split == "train" and self.federated:
+            from gppf_ds.tasks.federated import pack_judged
+
+            pack_judged(config)
+            if _RULES.get(kind) == "lvis":
+                from gppf_ds.tasks.lvis_data import JudgedLVISV05, JudgedLVISV1
+
+                leaf["type"] = JudgedLVISV1 if kind == "LVISV1Dataset" else JudgedLVISV05
         return config
 
     def _open_images(self) -> Any:
@@ -332,6 +351,22 @@ class Detection(OpenMMTask):
         objects.sort(key=lambda one: -one["score"])
         best = ", ".join(f"{one['class']} ({one['score']:.2f})" for one in objects[:3])
         return {"summary": f"{len(objects)} found{': ' if best else ''}{best}", "objects": objects}
+
+    def probe_dataset(self, split: Split) -> Dataset:
+        """The images of a split with their boxes in the val pipeline; see :meth:`Task.probe_dataset`."""
+        with scope(self.library):
+            data, val = (leaf_dataset(self._data_config(one)) for one in (split, "val"))
+        return openmm_dataset(self, [data], with_boxes(val["pipeline"]))
+
+    def probe(self, features: list[Tensor], targets: Any) -> ProbeSamples:
+        """The class of some boxes, some of them empty; see :func:`gppf_ds.tasks.probe.of_boxes`."""
+        return of_boxes(features, targets, len(self.class_names))
+
+
+def box_heads(model: Any) -> list[Any]:
+    """The configurations of a detector's box heads: none, one, or those of a cascade."""
+    heads = model.get("roi_head", {}).get("bbox_head") or []
+    return list(heads) if isinstance(heads, list | tuple) else [heads]
 
 
 def _class_name(leaf: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from mmdet.datasets import OpenImagesDataset
 
 from gppf_ds.errors import UserError
+from gppf_ds.tasks.federated import JUDGED
 
 Boxes = dict[str, list[dict[str, Any]]]
 """Instances by image file name."""
@@ -29,8 +30,9 @@ class OpenImagesBoxes(OpenImagesDataset):
         ann_file: boxes as a csv file (of the challenge, or of Open Images V4 to V7), or as mmdet's txt file.
         label_file: csv file of class ids (MIDs) and names, and mmdet's class numbers if it has three columns.
         hierarchy_file: the published json file, or the array ``.np`` that mmdet names for the challenge.
-        image_level_ann_file: csv file of verified image labels. Its images without any box are there too, since a
-            detection of a class that is verified to be absent is an error.
+        image_level_ann_file: csv file of verified image labels. In ``test_mode`` its images without any box are there
+            too, since a detection of a class that is verified to be absent is an error; else every sample has the
+            labels :data:`gppf_ds.tasks.federated.JUDGED`.
         meta_file: not read.
     """
 
@@ -47,16 +49,21 @@ class OpenImagesBoxes(OpenImagesDataset):
         read = self._boxes_of_txt if self.ann_file.endswith(".txt") else self._boxes_of_csv
         boxes = read(Path(self.ann_file))
         verified = self._verified(Path(self.image_level_ann_file)) if self.image_level_ann_file else None
-        if verified is not None:
+        if verified is not None and self.test_mode:
             known = {Path(name).stem for name in boxes}
             boxes |= {f"{image}.jpg": [] for image in verified if image not in known}
+        tree = Tree(relations)
         entries = []
         for name, instances in boxes.items():
             image = Path(name).stem
             place = str(Path(self.data_prefix["img"]) / name)
             entry: dict[str, Any] = {"img_path": place, "img_id": image, "instances": instances}
             if verified is not None:
-                entry["image_level_labels"] = np.array(verified[image], dtype=np.int64)
+                labels = verified.get(image, {})
+                entry["image_level_labels"] = np.array([*labels], dtype=np.int64)
+                if not self.test_mode:
+                    boxed = {one["bbox_label"] for one in instances}
+                    entry[JUDGED] = np.array(tree.judged(boxed, labels), dtype=np.int64)
             entries.append(entry)
         return entries
 
@@ -105,15 +112,43 @@ class OpenImagesBoxes(OpenImagesDataset):
             raise UserError(f"{path}:{i + 1} is no box ({error}): correct the file.") from error
         return boxes
 
-    def _verified(self, path: Path) -> dict[str, list[int]]:
-        """By image the classes that somebody has looked for in it, found or not."""
-        labels: dict[str, list[int]] = defaultdict(list)
+    def _verified(self, path: Path) -> dict[str, dict[int, bool]]:
+        """By image the classes that somebody has looked for in it, and whether they are there."""
+        labels: dict[str, dict[int, bool]] = defaultdict(dict)
         for number, row in _records(path, ("ImageID", "LabelName", "Confidence")):
             try:
-                labels[row["ImageID"]].append(self.label_id_mapping[row["LabelName"]])
+                labels[row["ImageID"]][self.label_id_mapping[row["LabelName"]]] = float(row["Confidence"]) > 0
             except KeyError as error:
                 raise UserError(f"{path}:{number} has the unknown class {error}: correct or remove the line.") from None
+            except ValueError as error:
+                raise UserError(f"{path}:{number} has no number as Confidence ({error}): correct the line.") from None
         return labels
+
+
+class Tree:
+    """The hierarchy of the classes.
+
+    Args:
+        relations: (classes, classes), entry (i, j) nonzero where class j is i or a parent of i.
+    """
+
+    def __init__(self, relations: np.ndarray[Any, Any]) -> None:
+        self.above = [set(np.flatnonzero(row).tolist()) - {label} for label, row in enumerate(relations)]
+        self.below = [set(np.flatnonzero(row).tolist()) - {label} for label, row in enumerate(relations.T)]
+
+    def judged(self, boxed: set[int], verified: Mapping[int, bool]) -> list[int]:
+        """The labels for which an object without a box can count as absent in an image.
+
+        Those with a box or a verified image label, and as in the challenge's own expansion of the labels all below an
+        absent one. Not those above one that is there: its objects are theirs too.
+
+        Args:
+            boxed: labels of the boxes.
+            verified: whether the class is there, by label.
+        """
+        there = boxed | {label for label, found in verified.items() if found}
+        absent = [self.below[label] for label, found in verified.items() if not found]
+        return sorted((boxed | verified.keys()).union(*absent) - set().union(*(self.above[label] for label in there)))
 
 
 def boxes_in_pixels(sample: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gppf_ds.tasks.coco_metric import Detections
+from gppf_ds.tasks.coco_metric import Detections, ResultsByImage
 from gppf_ds.tasks.openmm import scope
 
 _IMAGE = dict[str, Any]
@@ -16,7 +16,7 @@ _IMAGE = dict[str, Any]
 truth; ``found_labels`` (N,), ``found`` (N, 5) boxes with scores of the detections."""
 
 
-class OpenImagesMetric:
+class OpenImagesMetric(ResultsByImage):
     """AP50 of the Open Images challenge (https://storage.googleapis.com/openimages/web/evaluation.html), from 0 to 1.
 
     As mmdet's metric of this name has it: boxes and detections count for all parents of their class too, detections of
@@ -29,7 +29,10 @@ class OpenImagesMetric:
         relations: (classes, classes), entry (i, j) nonzero where class j is i or a parent of i.
     """
 
+    _images: dict[Any, _IMAGE]
+
     def __init__(self, settings: Mapping[str, Any], classes: Sequence[str], relations: np.ndarray[Any, Any]) -> None:
+        super().__init__()
         with scope("mmdet"):
             from mmdet.evaluation import OpenImagesMetric as Expansion
 
@@ -37,9 +40,8 @@ class OpenImagesMetric:
                 **{key: value for key, value in settings.items() if key not in ("type", "_scope_")}
             )
         self._expansion.dataset_meta = {"classes": classes, "RELATION_MATRIX": relations}
-        self._images: dict[str, _IMAGE] = {}
 
-    def update(self, predictions: Sequence[Detections], targets: Any) -> None:
+    def update(self, predictions: Sequence[Detections], targets: Any) -> None:  # type: ignore[override]
         """Adds a batch; ``targets`` are data samples with ``instances`` and, if known, ``image_level_labels``."""
         for prediction, sample in zip(predictions, targets, strict=True):
             self._images[str(prediction["image_id"])] = self._expand(prediction, sample.metainfo)
@@ -64,14 +66,6 @@ class OpenImagesMetric:
             "found_labels": np.repeat(np.arange(len(by_class)), [len(rows) for rows in by_class]),
             "found": np.concatenate(by_class),
         }
-
-    def state(self) -> dict[str, _IMAGE]:
-        """The evaluated images by id."""
-        return self._images
-
-    def merge(self, states: Sequence[dict[str, _IMAGE]]) -> None:
-        """Replaces the images by the union; an image that several ranks evaluated counts once."""
-        self._images = {image: result for state in states for image, result in state.items()}
 
     def compute(self) -> dict[str, float]:
         """``AP50`` (one per IoU threshold of the settings) and their mean ``mAP``."""

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gppf_ds.errors import UserError
-from gppf_ds.tasks.openmm import Library, OpenMMHead, leaf_dataset, scope
+from gppf_ds.tasks.openmm import Library, leaf_dataset, scope
+from gppf_ds.tasks.openmm_task import OpenMMHead
 from gppf_ds.tasks.pyramid import PyramidHead, SimpleFeaturePyramid
 from gppf_ds.tasks.task import Head, PlainPath
 

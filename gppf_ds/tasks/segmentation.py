@@ -16,8 +16,10 @@ from torch import Tensor
 from gppf_ds.data.folders import IMAGE_SUFFIXES, pair_by_stem, read_label_map
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.label_maps import IGNORE, LabelCheck, check_label_map, reduce_zero_label
-from gppf_ds.tasks.openmm import OpenMMHead, OpenMMTask, existing, leaf_dataset, scope, set_class_count, walk
-from gppf_ds.tasks.task import Batch, FeatureInfo, Head, PlainPath
+from gppf_ds.tasks.openmm import existing, leaf_dataset, leaf_datasets, only_leaf_dataset, scope, set_class_count
+from gppf_ds.tasks.openmm_task import OpenMMHead, OpenMMTask
+from gppf_ds.tasks.probe import of_label_maps, openmm_dataset
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, PlainPath, ProbeSamples, Split
 from gppf_ds.tasks.windows import Windows, windows_of
 
 _SAMPLED_MAPS = 20
@@ -30,6 +32,8 @@ class SegmentationHead(OpenMMHead):
     Where the configuration evaluates in sliding windows, the features given to :meth:`predict` are those of the
     windows of all images, one image after another, as :meth:`Segmentation.preprocess` cuts them.
     """
+
+    prediction_layers = ("*conv_seg.*",)
 
     @torch.no_grad()
     def predict(self, features: list[Tensor], targets: Any) -> list[NDArray[np.integer[Any]]]:
@@ -152,19 +156,14 @@ class Segmentation(OpenMMTask):
             raise UserError(f"data_root is given without {', '.join(missing)}: name them relative to data_root.")
         if data_root is None and self.places:
             raise UserError(f"{', '.join(self.places)} need data_root: set it.")
-        self.root = None if data_root is None else Path(data_root)
+        self.data_root = data_root
         self.classes = classes
-
-    def use_data(self, root: Path) -> None:
-        """See :meth:`Task.use_data`; ``root`` takes the place of ``data_root``. Comes before :meth:`shrink`."""
-        self.root = root
-        self.__dict__.pop("cfg", None)
 
     @cached_property
     def class_names(self) -> list[str]:
         """The classes in the order of the labels; numbers where nothing names them."""
         if isinstance(self.classes, str):
-            return _read_names((self.root or Path()) / self.classes)
+            return _read_names(Path(self.data_root or "") / self.classes)
         return self.classes or self._published_names() or _numbers(self._head_classes)
 
     def _published_names(self) -> list[str]:
@@ -188,7 +187,7 @@ class Segmentation(OpenMMTask):
         """
         windows_of(self.cfg.model.get("test_cfg"))
         for split in ("train", "val"):
-            leaves = list(_leaves(self.cfg[f"{split}_dataloader"].dataset))
+            leaves = list(leaf_datasets(self.cfg[f"{split}_dataloader"].dataset))
             for leaf in leaves:
                 folders = [*leaf.get("data_prefix", {}).values(), leaf.get("ann_file", "")]
                 for place in filter(None, folders):
@@ -207,7 +206,7 @@ class Segmentation(OpenMMTask):
             check_label_map(reduce_zero_label(found) if reduced else found, self._head_classes, path, reduced)
 
     def _folders(self, split: str) -> tuple[Path, Path]:
-        root = self.root or Path()
+        root = Path(self.data_root or "")
         return root / self.places[f"{split}_images"], root / self.places[f"{split}_labels"]
 
     @property
@@ -225,9 +224,7 @@ class Segmentation(OpenMMTask):
             if self.places:
                 names = self.class_names if self.classes else _numbers(heads.num_classes)
                 _read_folders(dataset, self._folders(split), names)
-            for leaf in _leaves(dataset):
-                if self.root is not None and not self.places:
-                    leaf.data_root = str(self.root)
+            for leaf in leaf_datasets(dataset):
                 leaf.pipeline = _with_label_check(leaf.pipeline, heads.num_classes, last=split == "val")
 
     def preprocess(self, batch: Any, device: torch.device, training: bool) -> Batch:
@@ -293,22 +290,20 @@ class Segmentation(OpenMMTask):
             described.append({"summary": summary, "labels": labels, "classes": self.class_names})
         return described
 
+    def probe_dataset(self, split: Split) -> Dataset:
+        """The images of a split in the val pipeline; see :meth:`Task.probe_dataset`."""
+        with scope(self.library):
+            data, val = (list(leaf_datasets(self._data_config(one))) for one in (split, "val"))
+        return openmm_dataset(self, data, val[0]["pipeline"])
 
-def _leaves(dataset: Any) -> Iterator[Any]:
-    """The data sets that read files, inside wrappers and ``ConcatDataset``."""
-    for inner in dataset.get("datasets") or [dataset.get("dataset")]:
-        if inner is None:
-            yield dataset
-        else:
-            yield from _leaves(inner)
+    def probe(self, features: list[Tensor], targets: Any) -> ProbeSamples:
+        """The class at some labelled pixels; see :func:`gppf_ds.tasks.probe.of_label_maps`."""
+        return of_label_maps(features, targets, windows_of(self.cfg.model.get("test_cfg")))
 
 
 def _read_folders(dataset: Any, folders: tuple[Path, Path], classes: list[str]) -> None:
     """Puts a folder of images and one of label maps in the place of what the (first) data set reads."""
-    for node in walk(dataset):
-        if "datasets" in node:
-            node["datasets"] = node["datasets"][:1]
-    leaf = next(_leaves(dataset))
+    leaf = only_leaf_dataset(dataset)
     image_suffix, label_suffix = _suffixes(*folders)
     pipeline = leaf.pipeline
     reduced = _reading_step(pipeline).get("reduce_zero_label") or leaf.get("reduce_zero_label", False)

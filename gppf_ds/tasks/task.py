@@ -77,8 +77,24 @@ class Metric(Protocol):
         """The metrics by name."""
 
 
+@dataclass(frozen=True)
+class ProbeSamples:
+    """What a linear model is fitted to, or judged on: see :meth:`Task.probe`."""
+
+    vectors: list[Tensor]
+    """(M, C_i): one for each feature map that they were taken from."""
+    labels: Tensor
+    """(M,): class ids (int64), or real numbers (float32)."""
+    images: Tensor
+    """(M,): the image of the batch that each row comes from, from 0."""
+
+
 class Head(nn.Module, ABC):
     """Everything of a task's network behind the backbone (neck, decoder, predictor, loss)."""
+
+    prediction_layers: tuple[str, ...] = ()
+    """Patterns (with * and ?) of the names of the final layers, which depend on what is predicted: a head that starts
+    from another task's leaves these as they are initialised."""
 
     @abstractmethod
     def loss(self, features: list[Tensor], targets: Any) -> dict[str, Tensor]:
@@ -232,6 +248,29 @@ class Task(ABC):
             uint16, and becomes a png file.
         """
         raise UserError(f"{type(self).__name__} cannot predict: give it the methods sample and describe.")
+
+    def probe_dataset(self, split: Split) -> Dataset:
+        """The data set of a split for :meth:`probe`: with its ground truth, and where possible without augmentation.
+
+        Its samples go through :meth:`collate` and :meth:`preprocess` with ``training=False``.
+        """
+        return self.dataset(split)
+
+    def probe(self, features: list[Tensor], targets: Any) -> ProbeSamples:
+        """What frozen features of a batch know of its ground truth, for ``gppf-ds advise``. Optional.
+
+        A few vectors per image and the label of each, such that a backbone from which a linear model reads the labels
+        well suits the task. What is random in it draws from torch's global generator, which is seeded before: all
+        backbones are asked for the same places.
+
+        Args:
+            features: the maps of at least :attr:`min_stride`, finest first.
+            targets: of the batch, by :meth:`preprocess`.
+
+        Raises:
+            UserError: this kind of task cannot be probed.
+        """
+        raise UserError(f"{type(self).__name__} cannot be probed: give it the method probe.")
 
     def export(self, head: Head, path: PlainPath, folder: Path) -> list[Path]:
         """Writes path and head as a model that another library runs. Optional: not every head has such a form.

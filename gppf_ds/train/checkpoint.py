@@ -13,7 +13,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ from torch import Tensor
 
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
+from gppf_ds.train.provenance import Provenance
 
 FORMAT = 1
 MASTER = "master"
 """The kind of a slice that holds parameter values; every other kind is a key of the optimizer state."""
+BUFFER, CONTROLLER, CONTROLLER_STATE = "buffer.", "controller.", "controller_optimizer."
+"""Prefixes of what every rank holds alike."""
 
 
 @dataclass
@@ -44,7 +47,11 @@ class TrainState:
     unchanged_steps: int = 0
     """Steps in a row that the non-finite guard skipped."""
     kept: list[list[int]] | None = None
-    """In the sparse phase: the units that every lego layer still holds."""
+    """The units that every lego layer still holds; None for all."""
+    paths_fixed: bool = False
+    """Whether every device takes its task's path, and the controllers stay as they are."""
+    provenance: Provenance = field(default_factory=Provenance)
+    """What trained each part of the network."""
 
 
 def save(folder: Path, state: TrainState, fragments: Iterable[Fragment], shared: dict[str, Tensor], keep: int) -> Path:
@@ -157,7 +164,7 @@ class CheckpointReader:
         values = json.loads((self.path / "state.json").read_text())
         if values.pop("format") != FORMAT:
             raise UserError(f"{self.path} was written by another version of gppf_ds: resume it with that version.")
-        return TrainState(**values)
+        return TrainState(**values | {"provenance": Provenance.read(values.get("provenance"))})
 
 
 def _slices(fragment: Fragment) -> Iterable[tuple[str, Tensor]]:

@@ -6,13 +6,29 @@ import argparse
 import json
 from pathlib import Path
 
+from gppf_ds.errors import UserError
 from gppf_ds.train import faults, recipe
+from gppf_ds.train.inherit import resolve
 
 
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes it from the last checkpoint in its output folder."""
-    smoke = "--smoke" in arguments
-    run = recipe.read(arguments)
+    return _train(recipe.read(arguments), "--smoke" in arguments)
+
+
+def finetune(arguments: list[str]) -> int:
+    """Trains new tasks from a finished run: dynamic, fixed path, retrain, or grow.
+
+    As gppf-ds train with a section finetune, in the recipe or on the line:
+    --finetune.source RUN --finetune.mode dynamic.
+    """
+    run = recipe.read(arguments, "gppf-ds finetune")
+    if run.config.finetune.source is None:
+        raise UserError("finetune.source is missing: name the folder of a finished run.")
+    return _train(run, "--smoke" in arguments)
+
+
+def _train(run: recipe.Recipe, smoke: bool) -> int:
     if smoke:
         from gppf_ds.train.smoke import prepare, reduced, use
 
@@ -23,7 +39,8 @@ def train(arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from gppf_ds.simt.agreement import agree
-    from gppf_ds.simt.engine import start_distributed
+    from gppf_ds.simt.job import start_distributed
+    from gppf_ds.train import certificate
     from gppf_ds.train.record import fingerprint, write_record
     from gppf_ds.train.trainer import Trainer
 
@@ -39,6 +56,8 @@ def train(arguments: list[str]) -> int:
             use(run)
         if dist.get_rank() == 0:
             faults.forget(folder)
+            if config.finetune.mode == "grow" and not (folder / certificate.FILE).is_file():
+                certificate.write(folder, Path(str(config.finetune.source)))
         trainer = Trainer(config, run.tasks, device)
         # Not before the trainer has accepted the folder: another recipe's run must keep its record.
         if dist.get_rank() == 0:
@@ -62,7 +81,9 @@ def check_data(arguments: list[str]) -> int:
 
     from gppf_ds.train.data_report import report
 
-    reports = [report(recipe.read(["--config", str(path)]), options.faults) for path in options.recipes]
+    # As they stand: data can be checked before the run is there that a recipe starts from.
+    recipes = [recipe.from_content(resolve([path]).content) for path in options.recipes]
+    reports = [report(read, options.faults) for read in recipes]
     print("\n".join(text for text, _ in reports))
     return 0 if all(well for _, well in reports) else 2
 
@@ -83,14 +104,18 @@ def verify(arguments: list[str]) -> int:
     """Compares a recipe's first steps with the single-process reference and prints a table; 1 where they differ.
 
     Nothing is written. Rank 0 also computes the devices of all ranks at once: where its memory is too small for that,
-    lower the tasks' batch_size on the command line.
+    lower the tasks' batch_size on the command line. With --certificate it checks instead that a grown run's old tasks
+    are what they were, bit by bit.
     """
     parser = argparse.ArgumentParser(
         prog="gppf-ds verify", description=verify.__doc__, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS
     )
     parser.add_argument("--verify_steps", type=int, default=3, help="steps to compare (default: 3)")
     parser.add_argument("--tolerance", type=float, help="of the relative errors (default: 1e-5; bf16: 0.1)")
+    parser.add_argument("--certificate", type=Path, metavar="RUN", help="check the certificate of a grown run")
     options, rest = parser.parse_known_args(arguments)
+    if options.certificate is not None:
+        return _verify_certificate(options.certificate)
     if {"-h", "--help"} & set(rest):
         parser.print_help()
     run = recipe.read(rest, "gppf-ds verify")
@@ -99,7 +124,7 @@ def verify(arguments: list[str]) -> int:
     import torch.distributed as dist
 
     from gppf_ds.simt.agreement import agree
-    from gppf_ds.simt.engine import start_distributed
+    from gppf_ds.simt.job import start_distributed
     from gppf_ds.train.record import fingerprint
     from gppf_ds.train.verify import verify as compare
 
@@ -111,6 +136,18 @@ def verify(arguments: list[str]) -> int:
         faults.fail(error)
     dist.destroy_process_group()
     return 0 if same else 1
+
+
+def _verify_certificate(folder: Path) -> int:
+    from gppf_ds.train import certificate
+
+    findings = certificate.verify(folder)
+    for finding in findings:
+        verdict = f"MISMATCH in {len(finding.differing)} of {finding.compared}: {', '.join(finding.differing[:3])}"
+        print(f"{finding.rule}: {verdict if finding.differing else f'{finding.compared} equal'}")
+        if finding.differing and finding.remark:
+            print(f"  {finding.remark}")
+    return int(any(finding.differing for finding in findings))
 
 
 def evaluate(arguments: list[str]) -> int:
@@ -125,7 +162,7 @@ def evaluate(arguments: list[str]) -> int:
 
     import torch.distributed as dist
 
-    from gppf_ds.simt.engine import start_distributed
+    from gppf_ds.simt.job import start_distributed
     from gppf_ds.train import evaluate as evaluation
     from gppf_ds.train.restore import load_trained
 

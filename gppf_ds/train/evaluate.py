@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import Pass
 from gppf_ds.config import LoaderConfig
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.simt.model import SimtModel
+from gppf_ds.simt.workers import WorkerPool
 from gppf_ds.tasks.task import Task
 
 
 class _Validation(Dataset[Any]):
-    """A task's validation samples; one that cannot be read is an error, for a metric over the rest would lie."""
+    """Batches of a task's validation samples, by their indices.
+
+    A sample that cannot be read is an error, for a metric over the rest would lie. The error is returned, since torch
+    would add the worker's traceback to one that is raised.
+    """
 
     def __init__(self, task: Task, name: str) -> None:
         self.samples = task.dataset("val")
+        self.collate = task.collate
         self.name = name
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.samples[index]
-        except (OSError, SampleError) as error:
-            raise UserError(f"task {self.name!r}: validation sample {index} cannot be read: {error}") from error
+    def __getitem__(self, indices: Sequence[int]) -> Any:
+        samples = []
+        for index in indices:
+            try:
+                samples.append(self.samples[index])
+            except (OSError, SampleError) as error:
+                return UserError(f"task {self.name!r}: validation sample {index} cannot be read: {error}")
+        return self.collate(samples)
 
 
 def evaluate(
@@ -79,12 +85,10 @@ def _batches(task: Task, name: str, loader: LoaderConfig) -> Iterator[Any]:
     """This rank's share of the validation set: every world-size-th image."""
     dataset = _Validation(task, name)
     rank = dist.get_rank() if dist.is_initialized() else 0
-    return iter(
-        DataLoader(
-            dataset,
-            batch_size=task.batch_size,
-            sampler=range(rank, len(dataset), _world_size()),
-            collate_fn=task.collate,
-            num_workers=loader.workers,
-        )
-    )
+    own = range(rank, len(dataset.samples), _world_size())
+    requests = (own[start : start + task.batch_size] for start in range(0, len(own), task.batch_size))
+    pool = WorkerPool(dataset, requests, loader.workers, loader.prefetch, lambda i: f"task {name!r}, val samples {i}")
+    for batch in pool:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch

@@ -48,6 +48,7 @@ class Observer:
         """A batch came after this rank had waited for it."""
         self.metrics.data_wait.labels(batch.request.task).inc(seconds)
         self.metrics.unreadable.labels(batch.request.task).inc(len(batch.unreadable))
+        self.metrics.worker_restarts.inc(batch.restarts)
 
     def step(
         self, step: int, tasks: Sequence[str], batches: Sequence[LoadedBatch], report: StepReport, seconds: float

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,11 +12,12 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
-from gppf_ds.config import RunConfig
+from gppf_ds.config import FinetuneConfig, RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Task
+from gppf_ds.train.finetune import settle
 from gppf_ds.train.inherit import resolve
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -51,7 +52,7 @@ def parser(program: str = "gppf-ds train") -> ArgumentParser:
     description = "Trains a recipe. Several --config files are merged from left to right."
     made = _Parser(prog=program, description=description)
     made.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); it may inherit another one")
-    if program == "gppf-ds train":
+    if program in ("gppf-ds train", "gppf-ds finetune"):
         made.add_argument("--smoke", action="store_true", help=SMOKE_HELP)
     made.add_class_arguments(RunConfig, None)
     made.add_argument(
@@ -72,10 +73,26 @@ def read(arguments: list[str], program: str = "gppf-ds train") -> Recipe:
     resolved = resolve(options.config)
     for argument in rest:
         resolved.places.pop(argument.removeprefix("--").partition("=")[0], None)
+    content, rest = _with_finetune(resolved.content, rest)
     try:
-        return from_content(resolved.content, rest, program)
+        return from_content(settle(content, smoke="--smoke" in rest), rest, program)
     except UserError as error:
         raise UserError(f"{error}{resolved.place(str(error))}") from error
+
+
+def _with_finetune(content: dict[str, Any], arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The section ``finetune`` with what the command line says of it, which the rest of the recipe follows from.
+
+    Returns:
+        The content, and the other arguments.
+    """
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in (field.name for field in fields(FinetuneConfig)):
+        flags.add_argument(f"--finetune.{name}", dest=name, type=yaml.safe_load, default=argparse.SUPPRESS)
+    given, rest = flags.parse_known_args(arguments)
+    if not vars(given):
+        return content, arguments
+    return {**content, "finetune": {**(content.get("finetune") or {}), **vars(given)}}, rest
 
 
 def from_content(content: dict[str, Any], overrides: Sequence[str] = (), program: str = "gppf-ds train") -> Recipe:
@@ -127,7 +144,7 @@ def read_run(folder: Path) -> Recipe:
     path = folder / "config.yaml"
     if not path.is_file():
         raise UserError(f"{folder} is no run: it has no config.yaml (give the folder that training wrote).")
-    run = read(["--config", str(path)])
+    run = from_content(resolve([path]).content)
     if (folder / SMOKE_DATA).is_dir():
         use_smoke_data(run, folder)
     return run
@@ -149,12 +166,18 @@ def check(recipe: Recipe) -> None:
     Raises:
         UserError: one sentence that names the key or the file, and the remedy.
     """
-    Schedule.from_weights({n: t.weight for n, t in recipe.tasks.items()}, recipe.config.schedule, recipe.config.seed)
+    for name in recipe.config.frozen_tasks:
+        if name not in recipe.tasks:
+            raise UserError(f"frozen_tasks: there is no task {name!r}: choose from {', '.join(recipe.tasks)}.")
+    tasks = {name: task for name, task in recipe.tasks.items() if name not in recipe.config.frozen_tasks}
+    if not tasks:
+        raise UserError("frozen_tasks leaves no task to train: take one out.")
+    Schedule.from_weights({n: t.weight for n, t in tasks.items()}, recipe.config.schedule, recipe.config.seed)
     deepspeed_config(recipe.config, "fp32")
     source = recipe.config.backbone.pretrained
     if source is not None and source.partition(":")[0] != "timm" and not Path(source).is_file():
         raise UserError(f"backbone.pretrained: there is no file {source}: name a checkpoint, or timm for its own.")
-    for name, task in recipe.tasks.items():
+    for name, task in tasks.items():
         try:
             task.check()
         except UserError as error:

@@ -166,7 +166,5 @@ def _tasks(recipe_name: str) -> dict[str, Task]:
 
 
 def recipes() -> Path:
-    """The folder of the recipes: inside an installed package, beside that of a checkout."""
-    package = Path(gppf_ds.__file__).parent
-    inside = package / "ds_configs" / "recipes"
-    return inside if inside.is_dir() else package.parent / "ds_configs" / "recipes"
+    """The folder of the recipes."""
+    return gppf_ds.shipped_configs() / "recipes"

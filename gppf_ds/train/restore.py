@@ -20,15 +20,17 @@ from gppf_ds.simt.usage import owner_of
 from gppf_ds.tasks.pyramid import build_head
 from gppf_ds.tasks.task import FeatureInfo, Task
 from gppf_ds.train import checkpoint
-from gppf_ds.train.checkpoint import CheckpointReader
+from gppf_ds.train.checkpoint import BUFFER, CONTROLLER, CONTROLLER_STATE, CheckpointReader
 from gppf_ds.train.recipe import Recipe
-
-BUFFER, CONTROLLER, CONTROLLER_STATE = "buffer.", "controller.", "controller_optimizer."
-"""Prefixes of what every rank holds alike, in a checkpoint's shared tensors."""
 
 
 def build_model(
-    config: BackboneConfig, tasks: Mapping[str, Task], seed: int, kept: Sequence[Sequence[int]] | None = None
+    config: BackboneConfig,
+    tasks: Mapping[str, Task],
+    seed: int,
+    kept: Sequence[Sequence[int]] | None = None,
+    paths_fixed: bool = False,
+    trainable: Sequence[str] = (),
 ) -> tuple[SimtModel, Controller]:
     """Backbone, heads and controllers with the initial values that the seed gives them.
 
@@ -36,7 +38,12 @@ def build_model(
         config: of the backbone.
         tasks: by name.
         seed: of the run.
-        kept: in the sparse phase, the units that every lego layer still holds.
+        kept: the units that every lego layer still holds; None for all.
+        paths_fixed: whether every device takes its task's path.
+        trainable: patterns of the names of the parameters that learn; empty: all.
+
+    Raises:
+        UserError: a pattern fits no parameter.
     """
     backbone = LegoBackbone(config, seed, kept)
     heads = {}
@@ -46,7 +53,9 @@ def build_model(
     policy = NormPolicy(config.norm_weighting, config.norm_sync == "cross_task")
     model = SimtModel(backbone, heads, {name: task.loss_weight for name, task in tasks.items()}, policy)
     controller = Controller(list(tasks), backbone.units)
-    controller.frozen = kept is not None
+    controller.frozen = paths_fixed
+    if trainable:
+        model.freeze_all_but(trainable)
     return model, controller
 
 
@@ -137,8 +146,9 @@ def load_trained(folder: Path, path: Path | None, recipe: Recipe) -> Trained:
     if path is None and not found:
         raise UserError(f"{folder} has no complete checkpoint: train it first.")
     reader = CheckpointReader(path or found[-1])
-    model, controller = build_model(recipe.config.backbone, recipe.tasks, recipe.config.seed, reader.state.kept)
-    require_same_architecture(reader, model, list(recipe.tasks))
+    state, config = reader.state, recipe.config
+    model, controller = build_model(config.backbone, recipe.tasks, config.seed, state.kept, state.paths_fixed)
+    require_same_architecture(reader, model, [name for name in recipe.tasks if name not in config.frozen_tasks])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.whole(name).view_as(parameter))

@@ -20,6 +20,7 @@ from gppf_ds.backbone.lego import timm_module
 from gppf_ds.data.catalogue import find
 from gppf_ds.errors import UserError
 from gppf_ds.tasks.task import Task
+from gppf_ds.train.finetune import smoke_folder
 from gppf_ds.train.recipe import SMOKE_DATA, Recipe, check, from_content, use_smoke_data
 
 STEPS = 2
@@ -50,20 +51,20 @@ def reduced(recipe: Recipe) -> Recipe:
             raise UserError(f"tasks.{name}: --smoke imitates public data sets: give the task a source, or remove it.")
         find(task.source)
     content: dict[str, Any] = yaml.safe_load(recipe.text)
-    output = Path(recipe.config.output)
-    content |= {"output": str(output.with_name(f"{output.name}-smoke")), "steps": STEPS, "evaluate_every": 0}
+    content |= {"output": smoke_folder(recipe.config.output), "steps": STEPS, "evaluate_every": 0}
     content |= {"log_every": 1, "metrics_port": 0}
     content["optimizer"]["warmup_steps"] = min(1, recipe.config.optimizer.warmup_steps)
     content["loader"]["workers"] = min(1, recipe.config.loader.workers)
-    backbone = content["backbone"]
-    units = recipe.config.backbone.units
-    backbone |= {"units": units if isinstance(units, int) else max(units), "pretrained": None}
-    backbone["options"] = {**backbone["options"], **_narrow(backbone["name"])}
+    if recipe.config.finetune.source is None:  # otherwise the source's smoke run has settled the backbone
+        backbone, units = content["backbone"], recipe.config.backbone.units
+        backbone |= {"units": units if isinstance(units, int) else max(units), "pretrained": None}
+        backbone["options"] = {**backbone["options"], **_narrow(backbone["name"])}
     if recipe.config.schedule.kind != "per_batch":
-        content["schedule"] = {"kind": "static", "static": list(recipe.tasks)}
+        trained = [name for name in recipe.tasks if name not in recipe.config.frozen_tasks]
+        content["schedule"] = {"kind": "static", "static": trained}
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         groups = ranks * recipe.config.engine.accumulation
-        content["engine"]["devices_per_rank"] = math.ceil(len(recipe.tasks) / groups)
+        content["engine"]["devices_per_rank"] = math.ceil(len(trained) / groups)
     return from_content(content)
 
 

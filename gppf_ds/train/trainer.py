@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from gppf_ds.backbone.controller import settled_step
-from gppf_ds.backbone.pretrained import load_pretrained
 from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.agreement import agree, describe
@@ -32,6 +31,7 @@ from gppf_ds.train.restore import (
     restore_shared,
     shared_tensors,
 )
+from gppf_ds.train.start import start
 
 
 class Trainer:
@@ -45,19 +45,21 @@ class Trainer:
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, Task], device: torch.device) -> None:
         self.config = config
-        self.tasks = dict(tasks)
-        self.names = list(tasks)
+        self.all_tasks = dict(tasks)
+        self.tasks = {name: task for name, task in tasks.items() if name not in config.frozen_tasks}
+        self.names = list(self.tasks)
         self.device = device
         self.checkpoints = Path(config.output) / "checkpoints"
-        self.feed = Feed(config, tasks)
+        self.feed = Feed(config, self.tasks)
         self.state = TrainState(0, dict.fromkeys(self.names, 0), config.seed)
         found = checkpoint.complete(self.checkpoints)
         resumed = CheckpointReader(found[-1]) if found else None
         self.unreadable = UnreadableSamples(config.loader)
-        batch_sizes = {name: task.batch_size for name, task in tasks.items()}
-        start = resumed.state.step if resumed else 0
-        self.observer = Observer(config, batch_sizes, start, dist.get_rank() == 0)
+        batch_sizes = {name: task.batch_size for name, task in self.tasks.items()}
+        done = resumed.state.step if resumed else 0
+        self.observer = Observer(config, batch_sizes, done, dist.get_rank() == 0)
         self.engine = self._build(resumed)
+        self.state.provenance.begin(config, self.tasks, set(self.engine.owners.values()))
         if resumed is not None:
             self.observer.say(f"resuming from {resumed.path} at step {self.state.step} of {config.steps}")
 
@@ -74,7 +76,7 @@ class Trainer:
             groups = [[self._next(batches) for _ in group] for group in self.engine.devices()]
             jobs = [[self.feed.job(batch, self.engine) for batch in group] for group in groups]
             report = self.engine.step(step, tasks, jobs)
-            self._advance(tasks)
+            self._advance(tasks, report)
             loaded = [batch for group in groups for batch in group]
             self.observer.step(step, tasks, loaded, report, time.monotonic() - started)
             self._guard(report)
@@ -94,8 +96,11 @@ class Trainer:
         self.unreadable.observe(batch)
         return batch
 
-    def _advance(self, tasks: list[str]) -> None:
+    def _advance(self, tasks: list[str], report: StepReport) -> None:
         self.state.step += 1
+        if report.skipped is None:
+            learning = {owner for _, owner in self.engine.parameters}
+            self.state.provenance.add(tasks, report.paths, report.valid, learning)
         for name in tasks:
             self.state.cursors[name] += self.tasks[name].batch_size
 
@@ -111,18 +116,19 @@ class Trainer:
 
     def _controllers_have_settled(self) -> bool:
         due = self.state.step >= settled_step(self.config.steps, self.config.controller)
-        return self.config.controller.sparse and due and self.state.kept is None
+        return self.config.controller.sparse and due and not self.state.paths_fixed
 
     def _enter_sparse_phase(self) -> None:
         """Freezes the controllers and goes on with an engine that holds only the units on the tasks' paths."""
         engine = self.engine
-        self.state.kept = engine.controller.units_on_paths()
+        self.state.kept, self.state.paths_fixed = engine.controller.units_on_paths(), True
         before = len(dict(engine.model.named_parameters()))
         reader = CheckpointReader(self._save())
         engine.close()
         del self.engine, engine
         gc.collect()
         self.engine = self._build(reader)
+        self.state.provenance = self.state.provenance.restricted(set(self.engine.owners.values()))
         units = sum(self.engine.model.backbone.units)
         gone = before - len(dict(self.engine.model.named_parameters()))
         self.observer.say(
@@ -149,7 +155,7 @@ class Trainer:
         """The network with whole parameters: at stage 3 a copy, for ranks must not gather at different times."""
         if self.config.engine.zero_stage < 3:
             return self.engine.model
-        model, _ = build_model(self.config.backbone, self.tasks, self.config.seed, self.state.kept)
+        model, _ = build_model(self.config.backbone, self.all_tasks, self.config.seed, self.state.kept)
         model.load_state_dict(
             {**dict(self.engine.model.named_buffers()), **self.engine.full_parameters()}, strict=False
         )
@@ -168,16 +174,19 @@ class Trainer:
     def _build(self, reader: CheckpointReader | None) -> SimtEngine:
         """The engine at the start of the run, or as a checkpoint left it."""
         config = self.config
-        kept = reader.state.kept if reader else None
-        model, controller = build_model(config.backbone, self.tasks, config.seed, kept)
-        agree(describe(model, self.feed.sizes))
         if reader is None:
-            if config.backbone.pretrained is not None:
-                report = load_pretrained(
-                    model.backbone, config.backbone.pretrained, config.backbone.pretrained_noise, config.seed
-                )
-                self.observer.say(str(report))
-            return SimtEngine(model, controller, config, self.device)
+            begun = start(config, self.all_tasks)
+            agree(describe(begun.model, self.feed.sizes))
+            self.state.kept, self.state.paths_fixed = begun.kept, begun.paths_fixed
+            self.state.provenance = begun.provenance
+            if begun.report:
+                self.observer.say(begun.report)
+            return SimtEngine(begun.model, begun.controller, config, self.device)
+        state = reader.state
+        model, controller = build_model(
+            config.backbone, self.all_tasks, config.seed, state.kept, state.paths_fixed, config.trainable
+        )
+        agree(describe(model, self.feed.sizes))
         require_same_architecture(reader, model, self.names)
         if reader.state.seed != config.seed:
             raise UserError(

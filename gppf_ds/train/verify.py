@@ -19,13 +19,14 @@ from torch import Tensor
 
 from gppf_ds.errors import UserError
 from gppf_ds.simt.agreement import agree, describe
-from gppf_ds.simt.engine import SimtEngine, resolve_precision
+from gppf_ds.simt.engine import SimtEngine
+from gppf_ds.simt.job import resolve_precision
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.simt.reference import Reference
 from gppf_ds.train.deviation import buffer_errors, relative, state_errors, update_errors
 from gppf_ds.train.feed import Feed
 from gppf_ds.train.recipe import Recipe
-from gppf_ds.train.restore import build_model
+from gppf_ds.train.start import start
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.1}
 """bf16 keeps 8 bits, and through a deep network with batch norm its rounding alone moves gradients by percents; a rule
@@ -100,7 +101,8 @@ def verify(run: Recipe, device: torch.device, steps: int, tolerance: float | Non
     # What is compared to the fifth digit must be computed to more.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    feed = Feed(config, run.tasks)
+    trained = {name: task for name, task in run.tasks.items() if name not in config.frozen_tasks}
+    feed = Feed(config, trained)
     ours = _run_engine(run, feed, device, steps)
     told = Told(ours.losses, ours.changed, ours.fragments, _digests(ours))
     main = dist.get_rank() == 0
@@ -131,11 +133,11 @@ def table(findings: Sequence[Finding], stage: int, precision: str) -> str:
 def _run_engine(run: Recipe, feed: Feed, device: torch.device, steps: int) -> Observed:
     """The job itself, from its first step."""
     config = run.config
-    model, controller = build_model(config.backbone, run.tasks, config.seed)
-    agree(describe(model, feed.sizes))
-    engine = SimtEngine(model, controller, config, device)
+    begun = start(config, run.tasks)
+    agree(describe(begun.model, feed.sizes))
+    engine = SimtEngine(begun.model, begun.controller, config, device)
     mine = [d for group in engine.devices() for d in group]
-    batches = feed.batches(0, steps, dict.fromkeys(run.tasks, 0), mine, engine.num_devices)
+    batches = feed.batches(0, steps, dict.fromkeys(feed.sizes, 0), mine, engine.num_devices)
     seen = Observed(values=[engine.full_parameters()], rows=[_rows(engine)])
     before = _parts(engine)
     for step in range(steps):
@@ -188,13 +190,14 @@ def _compare(
     run: Recipe, feed: Feed, device: torch.device, ours: Observed, everyone: Sequence[Told], tolerance: float
 ) -> list[Finding]:
     """Makes the same steps with the reference and judges every rule."""
-    model, controller = build_model(replace(run.config.backbone, checkpoint=False), run.tasks, run.config.seed)
+    begun = start(replace(run.config, backbone=replace(run.config.backbone, checkpoint=False)), run.tasks)
+    model, controller = begun.model, begun.controller
     precision = resolve_precision(run.config.engine.precision, device)
     reference = Reference(model.to(device), controller.to(device), run.config, precision)
     parameters, rows = dict(model.named_parameters()), dict(controller.logits.items())
     losses = {key: value for told in everyone for key, value in told.losses.items()}
     num_devices = len(losses) // len(ours.changed)
-    batches = feed.batches(0, len(ours.changed), dict.fromkeys(run.tasks, 0), range(num_devices), num_devices)
+    batches = feed.batches(0, len(ours.changed), dict.fromkeys(feed.sizes, 0), range(num_devices), num_devices)
     loss_errors: dict[str, float] = {}
     parameter_errors: dict[str, float] = {}
     row_errors: dict[str, float] = {}

@@ -13,6 +13,7 @@ import yaml
 import gppf_ds
 from gppf_ds.train.record import versions
 from gppf_ds.train.restore import Trained
+from gppf_ds.transfer import training_data
 from gppf_ds.transfer.deploy import ONNX_FILE, PROGRAM_FILE, Graph
 from gppf_ds.transfer.extract import ChosenPath, Size
 from gppf_ds.transfer.loading import Loading
@@ -94,7 +95,9 @@ def text(about: Mapping[str, Any], loaded: Loading) -> str:
         about: the content of ``model.json``.
         loaded: how the weights are loaded.
     """
-    sections = [_head(about), _loading(about, loaded), _input(about), _results(about), _origin(about), _limits(about)]
+    data = training_data.section(about["trained_on"], list(about["path"]))
+    sections = [_head(about), _loading(about, loaded), _input(about), _results(about), data, _origin(about)]
+    sections.append(_limits(about))
     return "\n\n".join(sections) + "\n"
 
 

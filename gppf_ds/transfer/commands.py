@@ -1,4 +1,4 @@
-"""``gppf-ds export`` and ``gppf-ds predict``."""
+"""``gppf-ds export``, ``extract``, ``predict``, ``convert`` and ``advise``."""
 
 from __future__ import annotations
 
@@ -71,6 +71,42 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def extract(arguments: list[str]) -> int:
+    """Writes the sub-network that serves some tasks as a run of its own, and what it costs beside the whole network.
+
+    Or the network without some tasks (--remove): of a grown run, all that it has kept frozen stays.
+    """
+    parser = argparse.ArgumentParser(prog="gppf-ds extract", description=extract.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    choice = parser.add_mutually_exclusive_group(required=True)
+    choice.add_argument("--tasks", nargs="+", metavar="TASK", help="the tasks to serve")
+    choice.add_argument("--remove", nargs="+", metavar="TASK", help="the tasks to take away, with their own units")
+    parser.add_argument("--output", type=Path, required=True, help="the new run's folder: not there yet, or empty")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
+    options = parser.parse_args(arguments)
+    run = recipe.read_run(options.run)
+
+    import torch
+
+    from gppf_ds.train.restore import load_trained
+    from gppf_ds.transfer import costs, subnetwork
+
+    trained = load_trained(options.run, options.checkpoint, run)
+    named = trained.require_tasks(list(dict.fromkeys(options.tasks or options.remove)))
+    tasks = [name for name in run.tasks if name not in named] if options.remove else named
+    if not tasks:
+        raise UserError("--remove leaves no task: take one out.")
+    subnetwork.extract(trained, options.run, tasks, options.output, keep_frozen=bool(options.remove))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parent = {"run": options.run.name, "checkpoint": trained.path.name, "tasks_served": list(run.tasks)}
+    whole = costs.measure(trained, tasks, device)
+    del trained  # one network at a time in memory
+    own = costs.measure(load_trained(options.output, None, recipe.read_run(options.output)), tasks, device)
+    print(costs.table(own, whole))
+    print(costs.write(options.output, own, parent | whole, device))
+    return 0
+
+
 def predict(arguments: list[str]) -> int:
     """Runs tasks on images and writes what they find, one json per image; paths that begin alike run once."""
     parser = argparse.ArgumentParser(prog="gppf-ds predict", description=predict.__doc__)
@@ -118,4 +154,34 @@ def convert(arguments: list[str]) -> int:
     print(f"{options.output}: {counts}, {options.dtype}")
     if done.rounded:
         print(f"  {done.rounded} tensors were saved in 16 bits only: their values are those")
+    return 0
+
+
+def advise(arguments: list[str]) -> int:
+    """Ranks the paths of a run for new data sets, by a linear model on the frozen features of a few hundred images."""
+    parser = argparse.ArgumentParser(prog="gppf-ds advise", description=advise.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="the folder of the run whose paths are ranked")
+    parser.add_argument("--config", type=Path, required=True, help="a recipe with the new data sets as its tasks")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks of that recipe (default: all)")
+    parser.add_argument("--samples", type=_count, default=300, help="images of each split, at most (%(default)s)")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
+    parser.add_argument("--output", type=Path, help="a folder to write advise.json into")
+    options = parser.parse_args(arguments)
+    run = recipe.read_run(options.run)
+
+    import torch
+
+    from gppf_ds.train.restore import load_trained
+    from gppf_ds.transfer import advise as advising
+
+    new = advising.read_targets(options.config, options.tasks)
+    trained = load_trained(options.run, options.checkpoint, run)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    advices = []
+    for name, task in new.tasks.items():
+        target = advising.Target(name, task, options.samples, new.config.seed, new.config.loader, device)
+        advices.append(advising.advise(trained, target))
+        print(advising.table(advices[-1]), end="\n\n")
+    if options.output:
+        print(advising.write(advices, trained, options.run, new.config.seed, options.output))
     return 0

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from gppf_ds.backbone import names
 from gppf_ds.errors import UserError
 from gppf_ds.train.restore import Trained
-from gppf_ds.transfer import batch_norms, card, deploy, loading
+from gppf_ds.transfer import batch_norms, card, deploy, loading, training_data
 from gppf_ds.transfer.extract import ChosenPath, Size
 from gppf_ds.transfer.with_head import export_with_head
 
@@ -88,6 +88,7 @@ def export(
         raise
     description = card.describe(trained, task, path, loaded, size, options.names, statistics, graph)
     description |= {"full_model": [file.name for file in full]}
+    description |= {"trained_on": training_data.of_path(trained.path, task, path.numbers, bool(full))}
     description |= {"evaluation": card.last_evaluation(run, task, trained.step)}
     (target / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n")
     (target / CARD_FILE).write_text(card.text(description, loaded))

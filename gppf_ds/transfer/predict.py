@@ -57,11 +57,11 @@ def predict(trained: Trained, tasks: Sequence[str], image: Path, device: torch.d
         UserError: a task cannot read the image.
     """
     model = trained.model
-    batches = {name: _read(trained.recipe.tasks[name], name, image, device) for name in tasks}
+    batches = {name: read_image(trained.recipe.tasks[name], name, image, device) for name in tasks}
     paths = {name: trained.controller.path(name) for name in batches}
     found: dict[str, dict[str, Any]] = {}
     run = 0
-    for names in _with_equal_images(batches):
+    for names in with_equal_images(batches):
         together = {name: paths[name] for name in names}
         run += units_run(together.values())
         features = shared_forward(model.backbone, batches[names[0]].images, together)
@@ -71,7 +71,8 @@ def predict(trained: Trained, tasks: Sequence[str], image: Path, device: torch.d
     return Prediction({name: found[name] for name in batches}, run, sum(map(len, paths.values())))
 
 
-def _read(task: Task, name: str, image: Path, device: torch.device) -> Batch:
+def read_image(task: Task, name: str, image: Path, device: torch.device) -> Batch:
+    """A batch of one image, as the task would evaluate it; raises :class:`UserError` if the task cannot read it."""
     try:
         sample = task.sample(image)
     except (OSError, SampleError) as error:
@@ -79,7 +80,7 @@ def _read(task: Task, name: str, image: Path, device: torch.device) -> Batch:
     return task.preprocess(task.collate([sample]), device, training=False)
 
 
-def _with_equal_images(batches: Mapping[str, Batch]) -> list[list[str]]:
+def with_equal_images(batches: Mapping[str, Batch]) -> list[list[str]]:
     """The tasks whose input is the same in every value: only they give the maps that each would give alone."""
     groups: list[list[str]] = []
     for name, batch in batches.items():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from taken_apart import assert_names_cover, gradients, images, run, telling_model
+from torch import nn
 
-from gppf_ds.backbone.blocks import Block
 from gppf_ds.backbone.convnext import FAMILY, split
 from gppf_ds.errors import UserError
 
@@ -29,26 +28,7 @@ every_kind = pytest.mark.parametrize(("name", "options"), MODELS)
 
 
 def _model(name: str, options: dict[str, object]) -> nn.Module:
-    """With weights that leave no part without effect (a layer scale of 1e-6 would)."""
-    model = timm.create_model(name, num_classes=0, **{**FAMILY.options, **TINY, **options})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
-    return model
-
-
-def _run(blocks: list[Block], images: Tensor) -> list[Tensor]:
-    x, maps = images, []
-    for block in blocks:
-        x = block.module(block.before(x))
-        if block.tap:
-            maps.append(block.tap.as_map(x, (images.shape[2], images.shape[3])))
-    return maps
-
-
-def _images(height: int, width: int) -> Tensor:
-    return torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    return telling_model(name, {**FAMILY.options, **TINY, **options})
 
 
 def test_convnext_t_is_nineteen_layers():
@@ -69,12 +49,7 @@ def test_convnext_t_is_nineteen_layers():
 @every_kind
 def test_names_cover_the_model(name, options):
     model = _model(name, options)
-    wanted = model.state_dict()
-    blocks = split(model)
-    named = {b.timm_name(key): value for b in blocks for key, value in b.module.state_dict().items()}
-    assert named.keys() == wanted.keys()
-    assert sum(len(b.module.state_dict()) for b in blocks) == len(wanted)
-    assert all(value.data_ptr() == wanted[key].data_ptr() for key, value in named.items())
+    assert_names_cover(model, split(model))
 
 
 @every_kind
@@ -82,12 +57,12 @@ def test_names_cover_the_model(name, options):
 @pytest.mark.parametrize("size", [(224, 224), (97, 65)])
 def test_numbers_are_timms(name, options, training, size):
     model = _model(name, options).train(training)
-    images = _images(*size)
+    x = images(*size, batch=2)
     with torch.no_grad():
-        wanted = model.forward_intermediates(images, norm=True, intermediates_only=True)
-        features = model.forward_features(images)
+        wanted = model.forward_intermediates(x, norm=True, intermediates_only=True)
+        features = model.forward_features(x)
         blocks = split(model)
-        maps = _run(blocks, images)
+        _, maps = run(blocks, x)
     for ours, theirs in zip(maps, [*wanted[:-1], features], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     torch.testing.assert_close(wanted[-1], features, rtol=0, atol=1e-6)
@@ -100,31 +75,18 @@ def test_maps_are_those_of_features_only(name):
     plain = timm.create_model(name, features_only=True, **TINY).eval()
     state = {key.replace("stages.", "stages_").replace("stem.", "stem_"): v for key, v in model.state_dict().items()}
     plain.load_state_dict({key: state[key] for key in plain.state_dict()}, strict=True)
-    images = _images(97, 65)
+    x = images(97, 65, batch=2)
     with torch.no_grad():
-        for ours, theirs in zip(_run(split(model), images), plain(images), strict=True):
+        for ours, theirs in zip(run(split(model), x)[1], plain(x), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @every_kind
 def test_gradients_reach_all_but_the_classifiers_norm(name, options):
     model = _model(name, {**options, "drop_path_rate": 0.2}).train()
-    blocks = split(model)
-
-    def gradients(run) -> dict[str, Tensor | None]:
-        torch.manual_seed(3)
-        model.zero_grad()
-        x = _images(64, 97)
-        for block in blocks:
-            x = run(block.module, x)
-        x.square().mean().backward()
-        return {b.timm_name(key): p.grad for b in blocks for key, p in b.module.named_parameters()}
-
-    plain = gradients(lambda module, x: module(x))
-    assert {key for key, grad in plain.items() if grad is None} == {key for key in plain if key.startswith("head.")}
-    assert all(grad.any() for grad in plain.values() if grad is not None)
-    recomputed = gradients(lambda module, x: checkpoint(module, x, use_reentrant=False))
-    torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+    found = gradients(model, split(model), [images(64, 97, batch=2)])
+    assert {key for key, grad in found.items() if grad is None} == {key for key in found if key.startswith("head.")}
+    assert all(grad.any() for grad in found.values() if grad is not None)
 
 
 def test_a_stage_without_blocks_is_refused():

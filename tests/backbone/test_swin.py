@@ -6,8 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from taken_apart import assert_names_cover, gradients, images, run, telling_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from gppf_ds.backbone.blocks import Block
 from gppf_ds.backbone.swin import FAMILY, pad_first, split
@@ -22,13 +22,7 @@ both = pytest.mark.parametrize("name", [V1, V2])
 
 
 def _model(name: str, **options: object) -> nn.Module:
-    """With weights that leave no part without effect (v2's start with norms of weight 0)."""
-    model = timm.create_model(name, num_classes=0, **{**FAMILY.options, **TINY, **options})
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator) + (parameter.dim() == 1))
-    return model
+    return telling_model(name, {**FAMILY.options, **TINY, **options})
 
 
 def _stock(name: str, model: nn.Module, **options: object) -> nn.Module:
@@ -38,27 +32,13 @@ def _stock(name: str, model: nn.Module, **options: object) -> nn.Module:
     return stock
 
 
-def _run(blocks: list[Block], images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """What the last block returns, and the taps."""
-    x, maps = images, []
-    for block in blocks:
-        x = block.module(block.before(x))
-        if block.tap:
-            maps.append(block.tap.as_map(x, (images.shape[2], images.shape[3])))
-    return x, maps
-
-
-def _images(height: int, width: int) -> Tensor:
-    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
-
-
-def _assert_same_numbers(blocks: list[Block], stock: nn.Module, images: Tensor) -> None:
-    padded = F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))
+def _assert_same_numbers(blocks: list[Block], stock: nn.Module, x: Tensor) -> None:
+    padded = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
     with torch.no_grad():
-        last, maps = _run(blocks, images)
+        last, maps = run(blocks, x)
         features, raw = stock.forward_intermediates(padded)
         torch.testing.assert_close(last, stock.forward_features(padded), rtol=0, atol=1e-6)
-    wanted = [F.layer_norm(x.permute(0, 2, 3, 1), x.shape[1:2]).permute(0, 3, 1, 2) for x in raw[:-1]]
+    wanted = [F.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2]).permute(0, 3, 1, 2) for y in raw[:-1]]
     for ours, theirs in zip(maps, [*wanted, features.permute(0, 3, 1, 2)], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
@@ -82,12 +62,8 @@ def test_swin_t_is_thirteen_layers():
 @both
 def test_names_cover_the_model(name):
     model = _model(name)
-    wanted = model.state_dict()
     blocks = split(model)
-    named = {b.timm_name(key): value for b in blocks for key, value in b.module.state_dict().items()}
-    assert named.keys() == wanted.keys()
-    assert sum(len(b.module.state_dict()) for b in blocks) == len(wanted)
-    assert all(value.data_ptr() == wanted[key].data_ptr() for key, value in named.items())
+    assert_names_cover(model, blocks)
     merging = [b.name for b in blocks if any("downsample" in b.timm_name(key) for key in b.module.state_dict())]
     assert merging == ["Swin2.0", "Swin3.0", "Swin4.0"]
 
@@ -97,7 +73,7 @@ def test_names_cover_the_model(name):
 def test_at_the_published_size_the_numbers_are_stock_timms(name, training):
     model = _model(name).train(training)
     stock = _stock(name, model).train(training)
-    _assert_same_numbers(split(model), stock, _images(PUBLISHED_SIZE[name], PUBLISHED_SIZE[name]))
+    _assert_same_numbers(split(model), stock, images(PUBLISHED_SIZE[name], PUBLISHED_SIZE[name]))
 
 
 @both
@@ -106,7 +82,7 @@ def test_at_the_published_size_the_numbers_are_stock_timms(name, training):
 def test_smaller_and_odd_sizes(name, training, size):
     model = _model(name).train(training)
     stock = _stock(name, model, strict_img_size=False).train(training)
-    _assert_same_numbers(split(model), stock, _images(*size))
+    _assert_same_numbers(split(model), stock, images(*size))
 
 
 @both
@@ -114,14 +90,14 @@ def test_smaller_and_odd_sizes(name, training, size):
 def test_larger_images_shift_the_windows_of_every_stage(name, size):
     model = _model(name).eval()
     blocks = split(model)
-    images = _images(*size)
+    x = images(*size)
     always = _stock(name, model, strict_img_size=False, always_partition=True).eval()
-    _assert_same_numbers(blocks, always, images)
+    _assert_same_numbers(blocks, always, x)
     never = _stock(name, model, strict_img_size=False).eval()
     with pytest.raises(AssertionError):
-        _assert_same_numbers(blocks, never, images)
+        _assert_same_numbers(blocks, never, x)
     # A large image leaves nothing behind for the next one.
-    _assert_same_numbers(blocks, never, _images(96, 128))
+    _assert_same_numbers(blocks, never, images(96, 128))
 
 
 @pytest.mark.parametrize(
@@ -140,33 +116,19 @@ def test_larger_images_shift_the_windows_of_every_stage(name, size):
 def test_unusual_windows(name, options):
     model = _model(name, **options).eval()
     blocks = split(model)
-    _assert_same_numbers(blocks, _stock(name, model, strict_img_size=False, **options).eval(), _images(60, 52))
+    _assert_same_numbers(blocks, _stock(name, model, strict_img_size=False, **options).eval(), images(60, 52))
     size = (300, 280)
-    for tap, tapped in zip([b.tap for b in blocks if b.tap], _run(blocks, _images(*size))[1], strict=True):
+    for tap, tapped in zip([b.tap for b in blocks if b.tap], run(blocks, images(*size))[1], strict=True):
         assert tapped.shape == (1, tap.channels, *(-(-side // tap.stride) for side in size))
 
 
 @both
 def test_gradients_reach_every_parameter_with_and_without_checkpoints(name):
     model = _model(name, drop_path_rate=0.2).train()
-    blocks = split(model)
-
-    def gradients(run) -> list[Tensor]:
-        torch.manual_seed(3)
-        model.zero_grad()
-        loss = torch.zeros(())
-        for size in ((225, 97), (64, 64)):  # the second one's windows are not shifted in the last stage
-            x = _images(*size).repeat(4, 1, 1, 1)
-            for block in blocks:
-                x = run(block.module, x)
-            loss = loss + x.square().mean()
-        loss.backward()
-        return [p.grad for b in blocks for p in b.module.parameters()]
-
-    plain = gradients(lambda module, x: module(x))
-    assert all(grad is not None and grad.any() for grad in plain)
-    recomputed = gradients(lambda module, x: checkpoint(module, x, use_reentrant=False))
-    torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-6)
+    # The second one's windows are not shifted in the last stage.
+    batches = [images(*size).repeat(4, 1, 1, 1) for size in ((225, 97), (64, 64))]
+    found = gradients(model, split(model), batches)
+    assert all(grad is not None and grad.any() for grad in found.values())
 
 
 @pytest.mark.parametrize("size", [(224, 256), (96, 160), (97, 65), (231, 300)])
@@ -184,9 +146,9 @@ def test_padding_first_gives_mmdets_numbers(size):
     state = {key.removeprefix("backbone."): value for key, value in from_timm(model.state_dict(), "mmdet").items()}
     theirs.load_state_dict(state, strict=True)
     blocks = [pad_first(block) for block in split(model)]
-    images = _images(*size)
+    x = images(*size)
     with torch.no_grad():
-        for ours, wanted in zip(_run(blocks, images)[1], theirs(images), strict=True):
+        for ours, wanted in zip(run(blocks, x)[1], theirs(x), strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
 
 
@@ -195,9 +157,9 @@ def test_padding_first_keeps_stock_timms_numbers_at_the_published_size(name):
     model = _model(name).eval()
     stock = _stock(name, model).eval()
     blocks = [pad_first(block) for block in split(model)]
-    _assert_same_numbers(blocks, stock, _images(PUBLISHED_SIZE[name], PUBLISHED_SIZE[name]))
+    _assert_same_numbers(blocks, stock, images(PUBLISHED_SIZE[name], PUBLISHED_SIZE[name]))
     with pytest.raises(AssertionError):  # timm's mask lets the borders of a padded map see each other
-        _assert_same_numbers(blocks, _stock(name, model, strict_img_size=False).eval(), _images(96, 160))
+        _assert_same_numbers(blocks, _stock(name, model, strict_img_size=False).eval(), images(96, 160))
 
 
 @both

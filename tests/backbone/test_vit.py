@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import timm
 import torch
-from torch import Tensor
+from taken_apart import assert_names_cover, run
 
 from gppf_ds.backbone import lego
-from gppf_ds.backbone.blocks import Block
 from gppf_ds.backbone.controller import Route
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import NormPolicy
@@ -56,12 +55,6 @@ def build(key: str) -> Any:
     return model
 
 
-def run(blocks: list[Block], x: Tensor) -> Tensor:
-    for block in blocks:
-        x = block.module(block.before(x))
-    return x
-
-
 @pytest.mark.parametrize(
     ("name", "layers", "parameters"),
     [
@@ -86,13 +79,7 @@ def test_real_sizes(name: str, layers: int, parameters: int) -> None:
 @pytest.mark.parametrize("key", MODELS)
 def test_names_cover_the_model(key: str) -> None:
     model = build(key)
-    blocks = split(model)
-    wanted = model.state_dict()
-    pairs = [(b.timm_name(own), value) for b in blocks for own, value in b.module.state_dict().items()]
-    assert len(pairs) == len(wanted)
-    named = dict(pairs)
-    assert named.keys() == wanted.keys()
-    assert all(value.data_ptr() == wanted[name].data_ptr() for name, value in named.items())
+    assert_names_cover(model, split(model))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -108,7 +95,7 @@ def test_equals_timm_at_any_size(key: str, training: bool) -> None:
         torch.manual_seed(1)
         expected = model.forward_features(images)
         torch.manual_seed(1)
-        found = run(blocks, images)
+        found, _ = run(blocks, images)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
         [tap] = [block.tap for block in blocks if block.tap is not None]
@@ -127,9 +114,7 @@ def test_maps_are_those_of_timm_and_train_every_parameter(key: str) -> None:
     model = build(key)
     blocks = split(model)
     images = torch.randn(1, 3, 70, 50)
-    tap = blocks[-1].tap
-    assert tap is not None
-    maps = tap.as_map(run(blocks, images), (70, 50))
+    [maps] = run(blocks, images)[1]
     torch.testing.assert_close(maps, model.forward_intermediates(images, [2], norm=True)[1][0], rtol=0, atol=1e-6)
     maps.square().sum().backward()
     assert [name for b in blocks for name, p in b.module.named_parameters() if p.grad is None] == []

@@ -129,8 +129,8 @@ def test_a_damaged_index_is_made_anew(folder: Path, damage: str) -> None:
 
 def test_data_that_cannot_be_written_are_indexed_in_the_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Permission bits do not stop a super-user: the check itself is what stands for the read-only disk.
-    writable = index._writable
-    monkeypatch.setattr(index, "_writable", lambda place: place != folder.parent and writable(place))
+    writable = index.writable
+    monkeypatch.setattr(index, "writable", lambda place: place != folder.parent and writable(place))
     assert len(class_folders(folder)) == 5
     assert not list(folder.parent.glob(".*"))
     (cached,) = Path(os.environ["XDG_CACHE_HOME"], "gppf-ds").iterdir()
@@ -139,7 +139,7 @@ def test_data_that_cannot_be_written_are_indexed_in_the_cache(folder: Path, monk
     assert len(class_folders(folder)) == 5
 
     cached.unlink()
-    monkeypatch.setattr(index, "_writable", lambda place: False)
+    monkeypatch.setattr(index, "writable", lambda place: False)
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
         class_folders(folder)
 

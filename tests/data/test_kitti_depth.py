@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from task_steps import Stages, batch_of
 
 from gppf_ds.data.sets.kitti_depth import DEPTH_FOLDER, LISTS, SOURCES, read_pairs
 from gppf_ds.errors import SampleError, UserError
@@ -19,7 +18,6 @@ from gppf_ds.tasks.depth import Depth
 from gppf_ds.tasks.task import FeatureInfo
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 INFO = FeatureInfo((8, 8, 8, 8, 8), (2, 4, 8, 16, 32))
 SOURCE = SOURCES["kitti_depth"]
 TRAIN_DEPTH = f"{DEPTH_FOLDER}/train/2011_09_26_drive_0001_sync/proj_depth/groundtruth/image_02/0000000006.png"
@@ -55,20 +53,6 @@ def depth_task(root: Path, **more: Any) -> Depth:
     return Depth(str(root), batch_size=4, **(options | more))
 
 
-class Backbone(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, *INFO.channels)
-        self.stages = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = []
-        for stage in self.stages:
-            x = F.relu(stage(x))
-            maps.append(x)
-        return maps
-
-
 def test_clean_smoke_set_has_the_layout_and_no_faults(root: Path) -> None:
     assert [place for place in SOURCE.layout if not (root / place).exists()] == []
     assert SOURCE.count(root) == {"train pairs": 8, "test pairs": 4}
@@ -81,11 +65,13 @@ def test_smoke_run_trains_and_evaluates(root: Path) -> None:
     task.use_data(root)
     task.shrink()
     task.check()
-    train, val = task.dataset("train"), task.dataset("val")
-    assert (len(train), len(val)) == (8, 4)  # the test list has a line without a depth map
+    assert (len(task.dataset("train")), len(task.dataset("val"))) == (
+        8,
+        4,
+    )  # the test list has a line without a depth map
     torch.manual_seed(0)
-    backbone, head = Backbone(), task.build_head(INFO)
-    batch = task.preprocess(task.collate([train[0], train[7]]), CPU, training=True)
+    backbone, head = Stages(INFO), task.build_head(INFO)
+    batch = batch_of(task, "train", True, (0, 7))
     assert batch.images.shape == (2, 3, 64, 64)
     assert float(batch.targets.depth.max()) > 4
     [loss] = head.loss(backbone(batch.images), batch.targets).values()
@@ -93,7 +79,7 @@ def test_smoke_run_trains_and_evaluates(root: Path) -> None:
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in backbone.parameters())
 
     metric, head = task.metric(), head.eval()
-    batch = task.preprocess(task.collate([val[0], val[3]]), CPU, training=False)
+    batch = batch_of(task, "val", False, (0, 3))
     assert batch.images.shape == (4, 3, 64, 128)
     with torch.no_grad():
         metric.update(head.predict(backbone(batch.images), batch.targets), batch.targets)
@@ -115,12 +101,11 @@ def test_crop_is_at_the_bottom_and_in_the_middle(root: Path) -> None:
 
 def test_flipped_images_are_averaged(root: Path) -> None:
     torch.manual_seed(0)
-    backbone = Backbone()
+    backbone = Stages(INFO)
     plain, both = depth_task(root, flip_test=False), depth_task(root)
     head = both.build_head(INFO).eval()
-    samples = plain.collate([plain.dataset("val")[index] for index in (0, 2)])
     with torch.no_grad():
-        single, double = (task.preprocess(samples, CPU, training=False) for task in (plain, both))
+        single, double = (batch_of(task, "val", False, (0, 2)) for task in (plain, both))
         alone = head.predict(backbone(single.images), single.targets)
         mirror = head.predict(backbone(single.images.flip(-1)), single.targets)
         together = head.predict(backbone(double.images), double.targets)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from task_steps import Stages, batch_of
 
 from gppf_ds.data.sets.segmentation import SOURCES, voc_palette
 from gppf_ds.errors import SampleError, UserError
@@ -20,7 +19,6 @@ from gppf_ds.tasks.segmentation import Segmentation
 from gppf_ds.tasks.task import FeatureInfo
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 INFO = FeatureInfo((8, 8, 8, 8), (4, 8, 16, 32))
 CONFIGS = {
     "ade20k": "upernet_r50_4xb4-160k_ade20k-512x512.py",
@@ -60,23 +58,6 @@ def stock_task(name: str, root: Path | None) -> Segmentation:
     return Segmentation(CONFIGS[name], 4, data_root=data_root, overrides=overrides, source=name)
 
 
-class Backbone(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, *INFO.channels)
-        strides = (4, 2, 2, 2)
-        self.stages = torch.nn.ModuleList(
-            torch.nn.Conv2d(a, b, 5, stride=s, padding=2) for (a, b), s in zip(pairwise(widths), strides, strict=True)
-        )
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = []
-        for stage in self.stages:
-            x = F.relu(stage(x))
-            maps.append(x)
-        return maps
-
-
 @every_set
 def test_clean_smoke_set_has_the_layout_and_no_faults(roots: dict[str, Path], name: str) -> None:
     source, root = SOURCES[name], roots[name]
@@ -102,15 +83,15 @@ def test_stock_configuration_trains_and_evaluates(roots: dict[str, Path], name: 
     task.check()
     assert task.source == name
     counts = EXPECTED[name]
-    assert len(task.dataset("train")) == sum(counts.values()) - counts["val images"]
+    train = len(task.dataset("train"))
+    assert train == sum(counts.values()) - counts["val images"]
     assert len(task.dataset("val")) == 3
     assert len(task.class_names) == {"ade20k": 150, "voc2012aug": 21, "cocostuff164k": 171}[name]
 
     torch.manual_seed(0)
     np.random.seed(0)
-    backbone, head = Backbone(), task.build_head(INFO)
-    train = task.dataset("train")
-    batch = task.preprocess(task.collate([train[0], train[len(train) - 1]]), CPU, training=True)
+    backbone, head = Stages(INFO), task.build_head(INFO)
+    batch = batch_of(task, "train", True, (0, train - 1))
     assert batch.images.shape == (2, 3, 128, 128)
     labels = torch.stack([sample.gt_sem_seg.data for sample in batch.targets])
     assert int(labels[labels != 255].max()) < len(task.class_names)
@@ -127,9 +108,9 @@ def evaluate(task: Segmentation, backbone: torch.nn.Module, head: Any) -> tuple[
     """Our metric and mmseg's on the same predictions, a part of which is set right so that neither is 0."""
     with scope("mmseg"):
         from mmseg.evaluation import IoUMetric as Stock
-    val, metric, stock = task.dataset("val"), task.metric(), Stock()
+    metric, stock = task.metric(), Stock()
     stock.dataset_meta = {"classes": task.class_names}
-    batch = task.preprocess(task.collate([val[index] for index in range(3)]), CPU, training=False)
+    batch = batch_of(task, "val", False, range(3))
     with torch.no_grad():
         predictions = head.predict(backbone(batch.images), batch.targets)
     for prediction, sample in zip(predictions, batch.targets, strict=True):

@@ -8,14 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from uodb_files import assert_faults, converted, kitti_row, picture, voc_object, write, write_voc_image, write_voc_lists
+from uodb_files import (
+    BLOOD,
+    BLOOD_CLASSES,
+    assert_faults,
+    converted,
+    kitti_row,
+    needs_blood,
+    picture,
+    voc_object,
+    write,
+    write_blood,
+    write_voc_image,
+    write_voc_lists,
+)
 
 from gppf_ds.data.commands import prepare_data
 from gppf_ds.data.sets.uodb import SOURCES, places, prepare
 from gppf_ds.data.sets.uodb_coco import annotation_file
 from gppf_ds.errors import UserError
-
-BCCD = Path(__file__).parents[2].parent / "shared" / "data" / "detection" / "bccd"
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -138,28 +149,17 @@ def test_read_only_data_are_converted_into_the_users_cache(tmp_path: Path, monke
     assert found["train_images"] == root
 
 
-@pytest.mark.skipif(not BCCD.is_dir(), reason=f"{BCCD} is not there")
+@needs_blood
 def test_real_boxes_come_through_voc_xml_as_they_are(tmp_path: Path) -> None:
     """Blood cells with boxes that people drew, written as VOC xml and read back."""
-    content = json.loads((BCCD / "annotations" / "val.json").read_text())
-    names = {1: "dog", 2: "cat", 3: "bird"}  # stand-ins: the readers know the classes of the ten sets only
+    write_blood(tmp_path, train="val", test="val")
+    content = json.loads((BLOOD / "annotations" / "val.json").read_text())
     by_image: dict[int, list[Any]] = {image["id"]: [] for image in content["images"]}
     for entry in content["annotations"]:
         by_image[entry["image_id"]].append(entry)
-    stems = []
-    for image in content["images"]:
-        stems.append(Path(image["file_name"]).stem)
-        objects = []
-        for entry in by_image[image["id"]]:
-            x, y, w, h = entry["bbox"]
-            objects.append(voc_object(names[entry["category_id"]], x + 1, y + 1, x + w, y + h))
-        write_voc_image(tmp_path, stems[-1], *objects, image=False)
-        (tmp_path / "JPEGImages").mkdir(exist_ok=True)
-        (tmp_path / "JPEGImages" / f"{stems[-1]}.jpg").symlink_to(BCCD / "images" / "val" / image["file_name"])
-    write_voc_lists(tmp_path, train=stems, test=stems)
     objects, faults = converted("uodb_watercolor", tmp_path)["val"]
     assert faults == []
     assert len(objects) == 87
     for image in content["images"]:
-        expected = [(names[e["category_id"]], *e["bbox"], False) for e in by_image[image["id"]]]
+        expected = [(BLOOD_CLASSES[e["category_id"]], *e["bbox"], False) for e in by_image[image["id"]]]
         assert objects[f"JPEGImages/{Path(image['file_name']).stem}.jpg"] == expected

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 import yaml
+from task_steps import batch_of, evaluated
 from torch import nn
 
 from gppf_ds.data.sets import uodb
@@ -22,7 +22,6 @@ from gppf_ds.tasks.uodb import UODBDetection, VOCMetric
 from gppf_ds.train.inherit import resolve
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 RECIPES = Path(__file__).parents[2] / "ds_configs" / "recipes" / "uodb"
 NARROW = {
     "model.neck.out_channels": 16,
@@ -33,17 +32,6 @@ NARROW = {
     "model.roi_head.bbox_head.fc_out_channels": 32,
     "model.test_cfg.rcnn.score_thr": 0.0,
 }
-
-
-@pytest.fixture(scope="module")
-def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("resnet10t", features_only=True).eval()
-
-
-@pytest.fixture(scope="module")
-def info(backbone: Any) -> FeatureInfo:
-    return FeatureInfo(tuple(backbone.feature_info.channels()), tuple(backbone.feature_info.reduction()))
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -68,22 +56,16 @@ def test_recipe_trains_and_evaluates_on_the_smoke_set(
     assert tuple(task.class_names) == uodb.CONVERSIONS[name].classes
     torch.manual_seed(0)
     head = task.build_head(info)
-    samples = task.dataset("train")
-    batch = task.preprocess(task.collate([samples[0], samples[1]]), CPU, training=True)
+    batch = batch_of(task, "train", training=True)
     assert max(batch.images.shape[2:]) <= 256
     assert sum(len(sample.gt_instances) for sample in batch.targets) > 0
     terms = head.loss(backbone(batch.images), batch.targets)
     sum(terms.values(), torch.zeros(())).backward()
     assert all(torch.isfinite(term) for term in terms.values())
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in head.parameters())
-    metric = task.metric()
-    samples = task.dataset("val")
-    assert len(samples) == len(json.loads(places(name, tmp_path)["val"].read_bytes())["images"])
-    head.eval()
-    for index in range(len(samples)):
-        batch = task.preprocess(task.collate([samples[index]]), CPU, training=False)
-        metric.update(head.predict(list(backbone(batch.images)), batch.targets), batch.targets)
-    assert 0 <= metric.compute()["AP50"] <= 1
+    images = len(task.dataset("val"))
+    assert images == len(json.loads(places(name, tmp_path)["val"].read_bytes())["images"])
+    assert 0 <= evaluated(task, head, backbone, range(images))["AP50"] <= 1
 
 
 def test_regions_to_ignore_reach_training_as_such(tmp_path: Path) -> None:

@@ -13,6 +13,12 @@ from PIL import Image
 from gppf_ds.data.sets.uodb import CONVERSIONS, places, prepare
 from gppf_ds.data.sets.uodb_coco import faults_file
 
+BLOOD = Path(__file__).parents[3] / "shared" / "data" / "detection" / "bccd"
+"""Blood smears with boxes that people drew."""
+BLOOD_CLASSES = {1: "dog", 2: "cat", 3: "bird"}
+"""Stand-ins by category id: the readers know the classes of the ten sets only."""
+needs_blood = pytest.mark.skipif(not BLOOD.is_dir(), reason=f"{BLOOD} is not there")
+
 
 def picture(path: Path, width: int = 100, height: int = 80) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,3 +82,21 @@ def write_voc_image(root: Path, stem: str, *objects: str, image: bool = True) ->
 def write_voc_lists(root: Path, **lists: list[str]) -> None:
     for name, stems in lists.items():
         write(root / "ImageSets" / "Main" / f"{name}.txt", "\n".join(stems) + "\n")
+
+
+def write_blood(root: Path, **lists: str) -> None:
+    """Blood smears as the official files of Watercolor2k: for each list in ``ImageSets/Main`` one of their splits."""
+    (root / "JPEGImages").mkdir(parents=True, exist_ok=True)
+    for split in sorted(set(lists.values())):
+        content = json.loads((BLOOD / "annotations" / f"{split}.json").read_text())
+        objects: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        for entry in content["annotations"]:
+            x, y, w, h = entry["bbox"]
+            corners = (x + 1, y + 1, x + w, y + h)
+            objects[entry["image_id"]].append(voc_object(BLOOD_CLASSES[entry["category_id"]], *corners))
+        stems = []
+        for image in content["images"]:
+            stems.append(Path(image["file_name"]).stem)
+            write_voc_image(root, stems[-1], *objects[image["id"]], image=False)
+            (root / "JPEGImages" / f"{stems[-1]}.jpg").symlink_to(BLOOD / "images" / split / image["file_name"])
+        write_voc_lists(root, **{name: stems for name, chosen in lists.items() if chosen == split})

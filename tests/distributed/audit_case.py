@@ -16,7 +16,8 @@ import torch.distributed as dist
 
 from distributed import simt_case
 from gppf_ds.errors import UserError
-from gppf_ds.simt.engine import SimtEngine, start_distributed
+from gppf_ds.simt.engine import SimtEngine
+from gppf_ds.simt.job import start_distributed
 
 TIMEOUT = 40.0
 

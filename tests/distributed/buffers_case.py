@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gppf_ds.simt.buffers import average_head_buffers
-from gppf_ds.simt.engine import start_distributed
+from gppf_ds.simt.job import start_distributed
 
 
 def main() -> None:

@@ -17,7 +17,8 @@ from distributed import reference
 from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.config import BackboneConfig, ControllerConfig, EngineConfig, OptimizerConfig, RunConfig, ScheduleConfig
-from gppf_ds.simt.engine import SimtEngine, StepReport, start_distributed
+from gppf_ds.simt.engine import SimtEngine, StepReport
+from gppf_ds.simt.job import start_distributed
 from gppf_ds.simt.model import Job, SimtModel
 from gppf_ds.simt.optimizer import learning_rate
 from gppf_ds.simt.schedule import Schedule

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from gppf_ds.backbone.controller import Controller
-from gppf_ds.simt.engine import start_distributed
+from gppf_ds.simt.job import start_distributed
 from gppf_ds.train import recipe
 from gppf_ds.train.trainer import Trainer
 

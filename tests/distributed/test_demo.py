@@ -18,11 +18,11 @@ from distributed.test_run import train
 yaml = pytest.importorskip("yaml")
 
 
-def gppf_ds(*arguments: str) -> str:
+def gppf_ds(*arguments: str, cwd: Path = ROOT) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "gppf_ds", *arguments],
         env=environment(),
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=300,

@@ -14,6 +14,7 @@ from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import NormPolicy
 from gppf_ds.config import BackboneConfig
+from gppf_ds.errors import UserError
 from gppf_ds.simt.model import Job, SimtModel
 from gppf_ds.tasks.task import Batch, Head
 
@@ -192,3 +193,39 @@ def test_prediction_uses_the_path_and_keeps_no_graph():
     assert len(predictions) == 2
     assert predictions[0].shape == (2, 16, 24)
     assert not predictions[0].requires_grad
+
+
+def test_what_does_not_learn_rests() -> None:
+    model = build()
+    model.freeze_all_but(["heads.bank.cls.linear.*", "backbone.layers.2.units.1.*"])
+    model.eval().train()
+    learning = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.startswith(("heads.bank.cls.linear", "backbone.layers.2.units.1")) for name in learning)
+    norms = {n: m.training for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert {name for name, training in norms.items() if training} == {n for n in norms if "layers.2.units.1" in n}
+    assert model.heads.bank["cls"].dropout.training
+    assert not model.heads.bank["cls"].frozen.requires_grad
+    with pytest.raises(
+        UserError, match=r"trainable: no parameter's name fits 'heads.bank.cls.lin.*there is heads.bank.cls"
+    ):
+        model.freeze_all_but(["heads.bank.cls.lin.*"])
+
+
+def test_frozen_units_normalise_with_their_running_statistics() -> None:
+    """In one layer with units that learn, and with the gradient that a plain batch norm in evaluation mode has."""
+    frozen, learns = (nn.BatchNorm2d(3) for _ in range(2))
+    for norm in (frozen, learns):
+        norm.running_mean.uniform_(-1, 1)
+        norm.running_var.uniform_(0.5, 2)
+    frozen.eval().requires_grad_(False)
+    before = copy.deepcopy(frozen.state_dict())
+    xs = [torch.randn(2, 3, 4, 4, requires_grad=True) for _ in range(3)]
+    outputs = NormPolicy()([frozen, learns], [(0, xs[0]), (1, xs[1]), (0, xs[2])])
+    weights = [torch.randn_like(y) for y in outputs]
+    grads = torch.autograd.grad(sum((y * w).sum() for y, w in zip(outputs, weights, strict=True)), xs)
+    plain = [frozen(xs[0]), copy.deepcopy(learns)(xs[1]), frozen(xs[2])]
+    wanted = torch.autograd.grad(sum((y * w).sum() for y, w in zip(plain, weights, strict=True)), xs)
+    for got, want in zip((*outputs, *grads), (*plain, *wanted), strict=True):
+        assert torch.allclose(got, want, atol=1e-6)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+    assert learns.num_batches_tracked == 1

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import pickle
 import random
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from task_steps import Stages, batch_of
 
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.bts import MAX_TILT, BTSDecoder, PlaneEstimator, local_planar_guidance
@@ -65,12 +63,6 @@ def folder(tmp_path: Path) -> Path:
 def make(folder: Path, **options: Any) -> Depth:
     defaults = {"batch_size": 4, "input_size": (64, 64), "max_depth": 20.0, "head_channels": 16}
     return Depth(str(folder), **{**defaults, **options})
-
-
-def load(task: Depth, indices: list[int], split: Any, training: bool) -> Any:
-    dataset = task.dataset(split)
-    raw = pickle.loads(pickle.dumps(task.collate([dataset[i] for i in indices])))
-    return task.preprocess(raw, CPU, training)
 
 
 def pyramid(info: FeatureInfo, height: int, width: int, batch: int = 2) -> list[torch.Tensor]:
@@ -223,7 +215,7 @@ def test_small_images_are_padded_to_the_crop(folder: Path) -> None:
 def test_validation_keeps_the_whole_image_at_its_size(folder: Path) -> None:
     write_pair(folder, "val", "z", np.full((33, 110), 60), np.full((33, 110), 3000))
     task = make(folder)
-    batch = load(task, [0, 4], "val", training=False)
+    batch = batch_of(task, "val", False, [0, 4])
     assert batch.images.shape == (2, 3, 96, 128)
     assert batch.targets.sizes == [(70, 90), (33, 110)]
     assert int((batch.targets.depth[1, :33, :110] - 3.0).abs().lt(1e-5).sum()) == 33 * 110
@@ -319,31 +311,15 @@ def test_bad_arguments(options: dict[str, Any], sentence: str) -> None:
 # ---- all together
 
 
-class Backbone(torch.nn.Module):
-    """Five strided convolutions: a map at each of the strides 2 to 32."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        widths = (3, *RESNET.channels)
-        self.stages = torch.nn.ModuleList(torch.nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
-
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        maps = []
-        for stage in self.stages:
-            x = F.relu(stage(x))
-            maps.append(x)
-        return maps
-
-
 def test_overfits_a_few_images(folder: Path) -> None:
     task = make(folder, head_channels=32)
-    backbone = Backbone()
+    backbone = Stages(RESNET)
     head = task.build_head(RESNET)
     optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=5e-3)
     losses = []
     for step in range(60):
         if step % 10 == 0:
-            batch = load(task, [0, 1, 2, 3], "train", training=True)
+            batch = batch_of(task, "train", True, [0, 1, 2, 3])
         optimizer.zero_grad()
         loss = head.loss(backbone(batch.images), batch.targets)["silog"]
         loss.backward()
@@ -353,7 +329,7 @@ def test_overfits_a_few_images(folder: Path) -> None:
 
     head.eval()
     metric = task.metric()
-    batch = load(task, [0, 1, 2, 3], "val", training=False)
+    batch = batch_of(task, "val", False, [0, 1, 2, 3])
     with torch.no_grad():
         metric.update(head.predict(backbone(batch.images), batch.targets), batch.targets)
     assert metric.compute()["abs_rel"] < 0.3
@@ -384,10 +360,10 @@ def test_kitchen_loads_through_the_same_code() -> None:
     task.check()
     assert len(task.dataset("train")) == 160
     assert len(task.dataset("val")) == 40
-    batch = load(task, [0, 39], "val", training=False)
+    batch = batch_of(task, "val", False, [0, 39])
     assert batch.images.shape == (2, 3, 480, 640)
     measured = batch.targets.depth[batch.targets.depth > 0]
     assert 0.5 < float(measured.median()) < 4
     head = task.build_head(RESNET)
-    loss = head.loss(Backbone()(batch.images), batch.targets)["silog"]
+    loss = head.loss(Stages(RESNET)(batch.images), batch.targets)["silog"]
     assert 0 < loss.item() < 5

@@ -11,19 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from pycocotools import mask as rle
-from torch import Tensor, nn
+from task_steps import batch_of, features_of
+from torch import nn
 
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.openmm import scope
-from gppf_ds.tasks.task import Batch, FeatureInfo
+from gppf_ds.tasks.task import FeatureInfo
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 NARROW_RETINA = {
     "model.neck.out_channels": 16,
     "model.bbox_head.in_channels": 16,
@@ -69,26 +68,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def detection(data: Path, config: str = "mask_rcnn_demo.py", **more: Any) -> Detection:
     places = {"train": "train.json", "val": "val.json", "train_images": "train", "val_images": "val"}
     return Detection(config, 2, data_root=str(data), **places, **more)
-
-
-@pytest.fixture(scope="module")
-def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("resnet10t", features_only=True).eval()
-
-
-@pytest.fixture(scope="module")
-def info(backbone: Any) -> FeatureInfo:
-    return FeatureInfo(tuple(backbone.feature_info.channels()), tuple(backbone.feature_info.reduction()))
-
-
-def batch_of(task: Detection, split: Any, training: bool, indices: tuple[int, ...] = (0, 1)) -> Batch:
-    samples = task.dataset(split)
-    return task.preprocess(task.collate([samples[index] for index in indices]), CPU, training)
-
-
-def features_of(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in backbone(images)]
 
 
 def test_loss_reaches_every_head_parameter_and_the_features(data: Path, backbone: nn.Module, info: FeatureInfo) -> None:

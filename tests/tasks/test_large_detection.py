@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
-from torch import Tensor, nn
+from task_steps import batch_of, evaluated, features_of
+from torch import nn
 
 from gppf_ds.data.sets.detection import SOURCES
 from gppf_ds.errors import UserError
@@ -20,7 +20,6 @@ from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.task import FeatureInfo
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 CONFIGS = [
     ("mask_rcnn_lsj_coco.py", "coco", "segm_AP"),
     ("mask-rcnn_r50_fpn_seesaw-loss_sample1e-3-ms-2x_lvis-v1.py", "lvis", "segm_AP"),
@@ -44,17 +43,6 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return roots
 
 
-@pytest.fixture(scope="module")
-def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("resnet10t", features_only=True).eval()
-
-
-@pytest.fixture(scope="module")
-def info(backbone: Any) -> FeatureInfo:
-    return FeatureInfo(tuple(backbone.feature_info.channels()), tuple(backbone.feature_info.reduction()))
-
-
 def smoke(config: str, name: str, roots: dict[str, Path], **more: Any) -> Detection:
     task = Detection(config, 4, data_root="/nowhere", source=name, **more)
     task.use_data(roots[name])
@@ -71,23 +59,15 @@ def test_one_step_and_one_evaluation(
     assert task.headline == headline
     assert task.batch_size == 2
     head = task.build_head(info)
-    samples = task.dataset("train")
-    batch = task.preprocess(task.collate([samples[0], samples[1]]), CPU, True)
+    batch = batch_of(task, "train", training=True)
     assert min(batch.images.shape[2:]) >= 64
     assert max(batch.images.shape[2:]) <= 224
-    features: list[Tensor] = [x.detach().requires_grad_() for x in backbone(batch.images)]
-    terms = head.loss(features, batch.targets)
+    terms = head.loss(features_of(backbone, batch.images), batch.targets)
     assert all(torch.isfinite(term) for term in terms.values())
     sum(terms.values(), torch.zeros(())).backward()
     assert [name for name, p in head.named_parameters() if p.grad is None] == []
-    head.eval()
-    metric, samples = task.metric(), task.dataset("val")
-    assert len(samples) == 4
-    for index in (0, 3):  # the last has no objects
-        batch = task.preprocess(task.collate([samples[index]]), CPU, False)
-        with torch.no_grad():
-            metric.update(head.predict(list(backbone(batch.images)), batch.targets), batch.targets)
-    assert 0 <= metric.compute()[headline] <= 1
+    assert len(task.dataset("val")) == 4
+    assert 0 <= evaluated(task, head, backbone, (0, 3))[headline] <= 1  # the last image has no objects
 
 
 @pytest.mark.parametrize("config", OWN)
@@ -166,13 +146,13 @@ def test_a_bad_row_stops_with_its_line(roots: dict[str, Path], tmp_path: Path) -
 
 
 def test_class_balanced_loss(roots: dict[str, Path], info: FeatureInfo) -> None:
-    assert class_balanced_weights([5, 5], 0.9) == [1.0, 1.0]
-    rare, common = class_balanced_weights([1, 1000], 0.999)
+    assert class_balanced_weights([5, 5], 0.9)[:-1] == [1.0, 1.0]
+    rare, common, background = class_balanced_weights([1, 1000], 0.999)
     assert rare / common == pytest.approx((1 - 0.999**1000) / (1 - 0.999))
+    assert rare / background == pytest.approx(1 / (1 - 0.999))
     task = smoke("mask_rcnn_lsj_lvis.py", "lvis", roots, class_balance=0.999)
     weights = task.build_head(info).model.roi_head.bbox_head.loss_cls.class_weight
     assert len(weights) == 1204
-    assert weights[-1] == 1
     content = json.loads((roots["lvis"] / "annotations/lvis_v1_train.json").read_text())
     seen = {one["category_id"] - 1 for one in content["annotations"]}
     assert max(weights[label] for label in seen) <= weights[1000]

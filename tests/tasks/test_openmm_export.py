@@ -24,8 +24,9 @@ from gppf_ds.backbone.vit import FAMILY as VIT_FAMILY
 from gppf_ds.errors import UserError
 from gppf_ds.tasks import pyramid
 from gppf_ds.tasks.detection import Detection
-from gppf_ds.tasks.openmm import OpenMMTask, scope
+from gppf_ds.tasks.openmm import scope
 from gppf_ds.tasks.openmm_export import find_backbone
+from gppf_ds.tasks.openmm_task import OpenMMTask
 from gppf_ds.tasks.segmentation import Segmentation
 from gppf_ds.tasks.task import FeatureInfo, Head, OwnBackbone, PlainPath
 from gppf_ds.transfer.openmm_backbone import PathBackbone

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from task_steps import batch_of
 from torch import Tensor, nn
 
 from gppf_ds.backbone.vit import FAMILY, split
@@ -16,10 +17,9 @@ from gppf_ds.tasks.depth import Depth, DepthHead
 from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.pyramid import PyramidHead, SimpleFeaturePyramid, build_head, resample
 from gppf_ds.tasks.segmentation import Segmentation
-from gppf_ds.tasks.task import Batch, FeatureInfo, Split, Task
+from gppf_ds.tasks.task import FeatureInfo, Task
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 ONE_MAP = FeatureInfo((48,), (16,))
 RESNET = FeatureInfo((8, 8, 16, 16, 32), (2, 4, 8, 16, 32))
 
@@ -60,11 +60,6 @@ def scenes(demo_data: Path, kind: str) -> Task:
         return Detection("mask_rcnn_demo.py", 2, data_root=str(root), overrides=every_score, **places, **jsons)
     labels = {f"{split}_labels": f"labels/{split}" for split in ("train", "val")}
     return Segmentation("upernet_demo.py", 2, data_root=str(root), classes="classes.json", **places, **labels)
-
-
-def batch_of(task: Task, split: Split) -> Batch:
-    samples = task.dataset(split)
-    return task.preprocess(task.collate([samples[0], samples[1]]), CPU, training=split == "train")
 
 
 @pytest.mark.parametrize("patch", [8, 14, 16, 32])
@@ -140,7 +135,7 @@ def test_dense_heads_train_on_a_vit(kind: str, demo_data: Path, vit: TinyViT) ->
     head = build_head(task, vit.info)
     assert isinstance(head, PyramidHead)
     assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in head.pyramid.modules())
-    batch = batch_of(task, "train")
+    batch = batch_of(task, "train", training=True)
     optimizer = torch.optim.Adam([*vit.parameters(), *head.parameters()], lr=1e-3)
     losses: list[float] = []
     for _ in range(5):
@@ -161,7 +156,7 @@ def test_predictions_go_through_the_pyramid(kind: str, demo_data: Path, vit: Tin
     torch.manual_seed(0)
     head = build_head(task, vit.info).eval()
     assert isinstance(head, PyramidHead)
-    batch, again = batch_of(task, "val"), batch_of(task, "val")
+    batch, again = batch_of(task, "val", training=False), batch_of(task, "val", training=False)
     with torch.no_grad():
         x = vit.eval()(batch.images)
         found = head.predict([x], batch.targets)

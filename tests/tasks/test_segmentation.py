@@ -10,20 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from task_steps import batch_of, features_of
+from torch import nn
 
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.openmm import scope
 from gppf_ds.tasks.segmentation import IoUMetric, Segmentation
-from gppf_ds.tasks.task import Batch, FeatureInfo
+from gppf_ds.tasks.task import FeatureInfo
 from gppf_ds.tasks.windows import windows_of
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 CAMVID = Path(__file__).parents[3] / "shared" / "data" / "segmentation" / "camvid"
 NAMES = ["ground", "red", "green"]
 FOLDERS = {f"{split}_{kind}": f"{kind}/{split}" for split in ("train", "val") for kind in ("images", "labels")}
@@ -51,26 +50,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def segmentation(data: Path, config: str = "upernet_demo.py", **more: Any) -> Segmentation:
     return Segmentation(config, 2, data_root=str(data), **({"classes": "classes.json"} | FOLDERS | more))
-
-
-@pytest.fixture(scope="module")
-def backbone() -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model("resnet10t", features_only=True).eval()
-
-
-@pytest.fixture(scope="module")
-def info(backbone: Any) -> FeatureInfo:
-    return FeatureInfo(tuple(backbone.feature_info.channels()), tuple(backbone.feature_info.reduction()))
-
-
-def batch_of(task: Segmentation, split: Any, training: bool, indices: tuple[int, ...] = (0, 1)) -> Batch:
-    samples = task.dataset(split)
-    return task.preprocess(task.collate([samples[index] for index in indices]), CPU, training)
-
-
-def features_of(backbone: nn.Module, images: Tensor) -> list[Tensor]:
-    return [x.detach().requires_grad_() for x in backbone(images)]
 
 
 def test_loss_reaches_every_head_parameter_and_the_features(data: Path, backbone: nn.Module, info: FeatureInfo) -> None:

@@ -16,9 +16,10 @@ from distributed.test_run import train
 from gppf_ds.backbone.lego import FAMILIES
 from gppf_ds.errors import UserError
 from gppf_ds.train import smoke
+from gppf_ds.train.inherit import resolve
 from gppf_ds.train.recipe import read
 
-RECIPES = sorted(path for path in (ROOT / "ds_configs/recipes").rglob("[!_]*.yaml") if path.name != "demo.yaml")
+RECIPES = sorted(path for path in (ROOT / "ds_configs/recipes").rglob("[!_]*.yaml") if "demo" not in path.name)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -26,8 +27,16 @@ def names(paths: list[Path]) -> list[str]:
 
 
 def run_smoke(recipe: Path, output: Path) -> dict[str, Any]:
-    """The metrics of a smoke run, after each of its tasks was trained and evaluated."""
-    done = train(recipe, "--smoke", "--output", str(output), timeout=280)
+    """The metrics of a smoke run, after each of its tasks was trained and evaluated.
+
+    A recipe that starts from a finished run starts from the smoke run of that one's recipe.
+    """
+    source = resolve([recipe]).content.get("finetune", {}).get("source")
+    start = []
+    if source is not None:
+        run_smoke(ROOT / "ds_configs/recipes" / f"{Path(source).name}.yaml", output.with_name("source"))
+        start = ["--finetune.source", str(output.with_name("source"))]
+    done = train(recipe, "--smoke", "--output", str(output), *start, timeout=280)
     assert done.returncode == 0, done.stdout
     assert not output.exists()
     folder = output.with_name(f"{output.name}-smoke")

@@ -22,7 +22,8 @@ from gppf_ds.tasks import pyramid
 from gppf_ds.tasks.classification import Classification
 from gppf_ds.tasks.depth import Depth
 from gppf_ds.tasks.detection import Detection
-from gppf_ds.tasks.openmm import OpenMMTask, scope
+from gppf_ds.tasks.openmm import scope
+from gppf_ds.tasks.openmm_task import OpenMMTask
 from gppf_ds.tasks.segmentation import Segmentation
 from gppf_ds.tasks.task import FeatureInfo, Task
 from gppf_ds.train.restore import Trained

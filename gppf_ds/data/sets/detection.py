@@ -85,6 +85,7 @@ SOURCES: dict[str, Source] = {
             "zhiyuan_objv2_train.json and zhiyuan_objv2_val.json into annotations."
         ),
         layout=(*(split.annotations for split in OBJECTS365.values()), "train", "val"),
+        # Of the unpacked patches, as YOLOv5's Objects365.yaml has them; the authors only say "2 million images".
         counts={"train images": 1_742_289, "val images": 80_000},
         count=partial(_count_folders, {"train images": "train", "val images": "val"}),
         faults=partial(json_faults, OBJECTS365),

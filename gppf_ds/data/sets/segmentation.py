@@ -233,7 +233,7 @@ SOURCES = {
         "http://host.robots.ox.ac.uk/pascal/VOC/voc2012: VOCtrainval_11-May-2012.tar; the root is the folder "
         "VOCdevkit/VOC2012. SBD (its page is linked from torchvision.datasets.SBDataset) comes in by mmseg's "
         "tools/dataset_converters/voc_aug.py, which writes SegmentationClassAug and aug.txt.",
-        {"train": 1464, "aug": 9118, "val": 1449},
+        {"train": 1464, "aug": 9118, "val": 1449},  # the converter insists on 10582 for train and aug together
         {"train": ("2007_{:06d}", 4), "aug": ("2008_{:06d}", 4), "val": ("2009_{:06d}", 3)},
     ),
     "cocostuff164k": _source(

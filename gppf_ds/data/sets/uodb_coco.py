@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from gppf_ds.data.user_cache import user_cache
 from gppf_ds.errors import UserError
 
 FOLDER = "gppf_ds_coco"
@@ -68,6 +69,8 @@ class Fault:
 
 
 Items = Iterator[Picture | Fault]
+Row = tuple[str, Sequence[Box] | str]
+"""Where it stands (file and line), and the boxes that the row stands for or what is wrong with it."""
 Reader = Callable[[Path, str], Items]
 """(root, "train" or "val") -> what the official files of the split hold, in their order."""
 Renderer = Callable[[Path, Picture, Path], Iterator[Picture]]
@@ -108,15 +111,21 @@ def image_size(path: Path) -> tuple[int, int]:
         raise OSError(str(error)) from error
 
 
-def picture(root: Path, file: str, rows: Iterable[tuple[str, Sequence[Box]]], origin: str) -> Items:
-    """The picture with those of its boxes that are sound; a fault for every other box, or for a missing image.
+def picture(root: Path, file: str, rows: Iterable[Row], origin: str) -> Items:
+    """The picture with those of its boxes that are sound; a fault for every other row, or for a missing image.
 
     Args:
         root: of the data set.
         file: of the image, relative to it.
-        rows: (where it stands: file and line, the boxes that the row stands for).
+        rows: what is said of the image.
         origin: where the image is named.
     """
+    readable: list[tuple[str, Sequence[Box]]] = []
+    for place, boxes in rows:
+        if isinstance(boxes, str):
+            yield Fault(f"{place}: {boxes}.")
+        else:
+            readable.append((place, boxes))
     try:
         width, height = image_size(root / file)
     except FileNotFoundError:
@@ -126,13 +135,30 @@ def picture(root: Path, file: str, rows: Iterable[tuple[str, Sequence[Box]]], or
         yield Fault(f"{origin}: the image {root / file} cannot be read ({error}).")
         return
     sound: list[Box] = []
-    for place, boxes in rows:
+    for place, boxes in readable:
         fault = next((fault for box in boxes if (fault := box.fault(width, height))), None)
         if fault:
             yield Fault(f"{place}: {fault}.")
         else:
             sound += boxes
     yield Picture(file, width, height, tuple(sound))
+
+
+def labelled_picture(root: Path, file: str, labels: Path, read: Callable[[str], Sequence[Box] | str]) -> Items:
+    """The same of an image that has a text file of its own with a row on each line.
+
+    Args:
+        root: of the data set.
+        file: of the image, relative to it.
+        labels: the text file.
+        read: the boxes that a line stands for, or what is wrong with it.
+    """
+    try:
+        numbered = lines(labels)
+    except OSError as error:
+        yield Fault(f"{labels}: the label file cannot be read ({error.strerror or error}).")
+        return
+    yield from picture(root, file, ((f"{labels}:{number}", read(line)) for number, line in numbered), str(labels))
 
 
 def lines(path: Path) -> list[tuple[int, str]]:
@@ -173,9 +199,8 @@ def output_folder(root: Path) -> Path:
 
 
 def _folders(root: Path) -> tuple[Path, Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return root / FOLDER, home / "gppf_ds" / "coco" / f"{root.resolve().name}-{key}"
+    return root / FOLDER, user_cache() / "coco" / f"{root.resolve().name}-{key}"
 
 
 def convert(

@@ -122,13 +122,7 @@ def read_lisa(root: Path, split: str) -> Items:
         if (track_of[row[LISA_FILE]] in held_out) == (split == "val"):
             frames.setdefault(row[LISA_FILE], []).append((number, row))
     for file, signs in frames.items():
-        rows: list[tuple[str, list[Box]]] = []
-        for number, row in signs:
-            boxes = _sign(row)
-            if isinstance(boxes, str):
-                yield Fault(f"{path}:{number}: {boxes}.")
-            else:
-                rows.append((f"{path}:{number}", boxes))
+        rows = ((f"{path}:{number}", _sign(row)) for number, row in signs)
         yield from picture(root, file, rows, f"{path}:{signs[0][0]}")
 
 
@@ -166,17 +160,18 @@ def read_lesions(root: Path, split: str) -> Items:
         elif where == split:
             slices.setdefault(row["File_name"], []).append((number, row))
     for name, lesions in slices.items():
-        rows: list[tuple[str, list[Box]]] = []
-        for number, row in lesions:
-            try:
-                left, top, right, bottom = (float(value) for value in row["Bounding_boxes"].split(","))
-                noisy = bool(int(row["Possibly_noisy"]))
-            except ValueError as error:
-                yield Fault(f"{path}:{number}: the row has no readable box ({error}).")
-            else:
-                rows.append((f"{path}:{number}", [Box("lesion", left, top, right, bottom, noisy)]))
+        rows = ((f"{path}:{number}", _lesion(row)) for number, row in lesions)
         series, _, number_of_slice = name.rpartition("_")
         yield from picture(root, f"Images_png/{series}/{number_of_slice}", rows, f"{path}:{lesions[0][0]}")
+
+
+def _lesion(row: dict[str, str]) -> list[Box] | str:
+    """The lesion, or what is wrong with the row."""
+    try:
+        left, top, right, bottom = (float(value) for value in row["Bounding_boxes"].split(","))
+        return [Box("lesion", left, top, right, bottom, ignored=bool(int(row["Possibly_noisy"])))]
+    except ValueError as error:
+        return f"the row has no readable box ({error})"
 
 
 def window_slice(root: Path, slice_: Picture, folder: Path) -> Iterator[Picture]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
-from gppf_ds.data.sets.uodb_coco import Box, Fault, Items, Picture, lines, picture, required_lines
+from gppf_ds.data.sets.uodb_coco import Box, Fault, Items, Picture, Row, labelled_picture, picture, required_lines
 from gppf_ds.errors import UserError
-
-Row = tuple[str, list[Box]]
 
 KITTI_HELD_OUT = 15
 KITTI_FIELDS = 15
@@ -44,22 +43,8 @@ def read_kitti(root: Path, split: str) -> Items:
     if not stems:
         raise UserError(f"{images} and {labels} hold nothing: unpack KITTI's data_object_image_2 and label_2 there.")
     for index, stem in enumerate(stems):
-        if (index % KITTI_HELD_OUT == KITTI_HELD_OUT - 1) != (split == "val"):
-            continue
-        path = labels / f"{stem}.txt"
-        try:
-            numbered = lines(path)
-        except OSError as error:
-            yield Fault(f"{path}: the label file cannot be read ({error.strerror or error}).")
-            continue
-        rows: list[Row] = []
-        for number, line in numbered:
-            boxes = _kitti_row(line)
-            if isinstance(boxes, str):
-                yield Fault(f"{path}:{number}: {boxes}.")
-            elif boxes:
-                rows.append((f"{path}:{number}", boxes))
-        yield from picture(root, f"training/image_2/{stem}.png", rows, str(path))
+        if (index % KITTI_HELD_OUT == KITTI_HELD_OUT - 1) == (split == "val"):
+            yield from labelled_picture(root, f"training/image_2/{stem}.png", labels / f"{stem}.txt", _kitti_row)
 
 
 def _kitti_row(line: str) -> list[Box] | str:
@@ -94,36 +79,32 @@ def read_wider(root: Path, split: str) -> Items:
         else:
             yield Fault(f"{source}:{number}: the name of an image is expected, not {line!r}.")
     for (start, name), *rest in groups:
-        rows: list[Row] = []
-        for item in _wider_rows(source, start, rest):
-            if isinstance(item, Fault):
-                yield item
-            else:
-                rows.append(item)
-        yield from picture(root, f"WIDER_{split}/images/{name}", rows, f"{source}:{start}")
+        yield from picture(root, f"WIDER_{split}/images/{name}", _wider_rows(source, start, rest), f"{source}:{start}")
 
 
-def _wider_rows(source: Path, start: int, rest: list[tuple[int, str]]) -> Iterator[Row | Fault]:
+def _wider_rows(source: Path, start: int, rest: list[tuple[int, str]]) -> Iterator[Row]:
     if not rest or not rest[0][1].isdigit():
-        yield Fault(f"{source}:{start}: no number of faces follows the image's name.")
+        yield f"{source}:{start}", "no number of faces follows the image's name"
         return
     (counted, count), *faces = rest
     if int(count) == 0 and len(faces) == 1 and not any(field.strip("0") for field in faces[0][1].split()):
         return
     if int(count) != len(faces):
-        yield Fault(f"{source}:{counted}: {count} faces are announced and {len(faces)} rows follow.")
+        yield f"{source}:{counted}", f"{count} faces are announced and {len(faces)} rows follow"
     for number, line in faces:
-        try:
-            values = [int(field) for field in line.split()]
-        except ValueError as error:
-            yield Fault(f"{source}:{number}: the row has no readable number ({error}).")
-            continue
-        if len(values) != WIDER_FIELDS:
-            yield Fault(f"{source}:{number}: the row has {len(values)} fields in place of {WIDER_FIELDS}.")
-            continue
-        x, y, width, height = values[:4]
-        box = Box("face", x, y, x + width, y + height, ignored=bool(values[WIDER_INVALID]))
-        yield f"{source}:{number}", [box]
+        yield f"{source}:{number}", _wider_row(line)
+
+
+def _wider_row(line: str) -> list[Box] | str:
+    """The face, or what is wrong with the row."""
+    try:
+        values = [int(field) for field in line.split()]
+    except ValueError as error:
+        return f"the row has no readable number ({error})"
+    if len(values) != WIDER_FIELDS:
+        return f"the row has {len(values)} fields in place of {WIDER_FIELDS}"
+    x, y, width, height = values[:4]
+    return [Box("face", x, y, x + width, y + height, ignored=bool(values[WIDER_INVALID]))]
 
 
 def read_dota(root: Path, split: str, classes: Sequence[str]) -> Items:
@@ -136,27 +117,15 @@ def read_dota(root: Path, split: str, classes: Sequence[str]) -> Items:
     stems = sorted({path.stem for path in (*images.glob("*.png"), *labels.glob("*.txt"))})
     if not stems:
         raise UserError(f"{images} and {labels} hold nothing: unpack DOTA's images and labelTxt archives there.")
+    read = partial(_dota_row, classes=classes)
     for stem in stems:
-        path = labels / f"{stem}.txt"
-        try:
-            numbered = lines(path)
-        except OSError as error:
-            yield Fault(f"{path}: the label file cannot be read ({error.strerror or error}).")
-            continue
-        rows: list[Row] = []
-        for number, line in numbered:
-            if line.startswith(("imagesource:", "gsd:")):
-                continue
-            box = _dota_row(line, classes)
-            if isinstance(box, str):
-                yield Fault(f"{path}:{number}: {box}.")
-            else:
-                rows.append((f"{path}:{number}", [box]))
-        yield from picture(root, f"{split}/images/{stem}.png", rows, str(path))
+        yield from labelled_picture(root, f"{split}/images/{stem}.png", labels / f"{stem}.txt", read)
 
 
-def _dota_row(line: str, classes: Sequence[str]) -> Box | str:
-    """The upright box of a row, or what is wrong with it."""
+def _dota_row(line: str, classes: Sequence[str]) -> list[Box] | str:
+    """The upright box of a row, nothing for a line of origin, or what is wrong with it."""
+    if line.startswith(("imagesource:", "gsd:")):
+        return []
     fields = line.split()
     if len(fields) != 10:
         return f"the row has {len(fields)} fields in place of 10"
@@ -167,7 +136,7 @@ def _dota_row(line: str, classes: Sequence[str]) -> Box | str:
     if fields[8] not in classes:
         return f"the class {fields[8]!r} is unknown"
     xs, ys = corners[::2], corners[1::2]
-    return Box(fields[8], min(xs), min(ys), max(xs), max(ys), ignored=bool(difficult))
+    return [Box(fields[8], min(xs), min(ys), max(xs), max(ys), ignored=bool(difficult))]
 
 
 def crop_dota(root: Path, whole: Picture, folder: Path) -> Iterator[Picture]:

@@ -45,18 +45,11 @@ def _image(root: Path, folder: str, stem: str, origin: str, classes: Sequence[st
     except expat.ExpatError as error:
         yield Fault(f"{path}:{error.lineno}: no readable xml ({error}).")
         return
-    rows: list[tuple[str, list[Box]]] = []
-    for line, values in objects:
-        parsed = _box(values, classes)
-        if isinstance(parsed, str):
-            yield Fault(f"{path}:{line}: {parsed}.")
-        else:
-            rows.append((f"{path}:{line}", [parsed]))
-    yield from picture(root, file, rows, origin)
+    yield from picture(root, file, ((f"{path}:{line}", _object(values, classes)) for line, values in objects), origin)
 
 
-def _box(values: dict[str, str], classes: Sequence[str]) -> Box | str:
-    """The box, or what is wrong with it."""
+def _object(values: dict[str, str], classes: Sequence[str]) -> list[Box] | str:
+    """The object, or what is wrong with it."""
     name = values.get("name", "").lower()
     if name not in classes:
         return f"the class {values.get('name', '')!r} is unknown"
@@ -67,7 +60,7 @@ def _box(values: dict[str, str], classes: Sequence[str]) -> Box | str:
         return f"the object has no {error.args[0]}"
     except ValueError as error:
         return f"the object has no readable number ({error})"
-    return Box(name, left - 1, top - 1, right, bottom, ignored=bool(difficult))
+    return [Box(name, left - 1, top - 1, right, bottom, ignored=bool(difficult))]
 
 
 def parse_objects(path: Path) -> list[tuple[int, dict[str, str]]]:

@@ -1,0 +1,67 @@
+"""A rank's place in the job: its process group, its device, its precision, and the DeepSpeed that it runs."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+
+from gppf_ds.errors import UserError
+
+VERIFIED = ("0.19",)
+"""DeepSpeed releases whose internals were checked against ``simt/engine.py``."""
+
+
+def start_distributed(timeout: float) -> torch.device:
+    """Joins the job's process group (a group of one without a launcher) and returns this rank's device.
+
+    Args:
+        timeout: seconds after which a collective that some rank never joined raises.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+    deepspeed = import_deepspeed()
+    # On CPU DeepSpeed would compile a shared-memory all-reduce here, for minutes; gloo serves as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout), verbose=False)
+    return device
+
+
+def import_deepspeed() -> Any:
+    """The library, told to be quiet; raises :class:`UserError` for a release that was not checked."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not deepspeed.__version__.startswith(VERIFIED):
+        raise UserError(
+            f"DeepSpeed {deepspeed.__version__} is installed, but the task average reaches into internals that were "
+            f"verified with {', '.join(v + '.x' for v in VERIFIED)} only: pip install 'deepspeed>=0.19.8,<0.20'."
+        )
+    return deepspeed
+
+
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16 for this device.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if wanted == "auto":
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if wanted == "fp16" and device.type == "cpu":
+        raise UserError("engine.precision fp16 needs a GPU: use fp32 or bf16 on a CPU.")
+    return wanted
