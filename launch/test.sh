@@ -26,9 +26,10 @@ fi
 
 gpus=$(count_gpus)
 ((gpus > 0)) || export DS_ACCELERATOR=cpu
+# A process for every two cores, since many tests start two ranks, and every file in one of them; "-n 0" after this turns
+# that off. Asked before the variables below, which nproc heeds.
+workers=$(($(nproc) / 2))
 # Many small processes: more threads than one each only wait for each other.
 export OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
-# A process for every core, and every file in one of them; "-n 0" after this turns that off.
-cores=$(nproc)
 say "pytest"
-exec python -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile "$@"
+exec python -m pytest -n $((workers < 1 ? 1 : workers > 8 ? 8 : workers)) --dist loadfile "$@"

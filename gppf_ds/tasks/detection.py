@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gppf_ds.data.remembered import remembered
 from gppf_ds.errors import UserError
 from gppf_ds.tasks.coco_metric import CocoMetric, Detections
 from gppf_ds.tasks.lvis_metric import LvisMetric, load_lvis
@@ -203,7 +204,8 @@ class Detection(OpenMMTask):
         if rules == "openimages":
             names = self.class_names
         elif {_class_name(leaf) for leaf in leaves} == {"CocoDataset"}:
-            names = check_coco(*files, *folders)
+            question = f"check_coco {folders[0]} {folders[1]}"
+            names = remembered(question, files, lambda: check_coco(*files, *folders))
         else:
             names = _category_names(files[1])
         self._check_classes(names, files[0])
@@ -267,7 +269,8 @@ class Detection(OpenMMTask):
             return self.cfg.model
         from gppf_ds.tasks.class_balance import class_balanced_weights, object_counts
 
-        counts = object_counts(_annotations(leaf_dataset(self.cfg.train_dataloader.dataset)), self.class_names)
+        names, annotations = self.class_names, _annotations(leaf_dataset(self.cfg.train_dataloader.dataset))
+        counts = remembered(f"object counts {names}", [annotations], lambda: object_counts(annotations, names))
         model = copy.deepcopy(self.cfg.model)
         heads = box_heads(model)
         if not heads or any(h.loss_cls.type != "CrossEntropyLoss" or h.loss_cls.get("use_sigmoid") for h in heads):
@@ -381,7 +384,11 @@ def _annotations(leaf: Any) -> Path:
 
 def _category_names(annotations: Path) -> list[str]:
     """The class names in the order of the labels that mmdet gives them: that of the json."""
-    try:
+
+    def read() -> list[str]:
         return [category["name"] for category in json.loads(annotations.read_bytes())["categories"]]
+
+    try:
+        return remembered("category names", [annotations], read)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{annotations} has no readable list of categories ({error!r}): give a COCO json.") from error
