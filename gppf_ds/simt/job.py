@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import logging
 import os
@@ -9,6 +10,7 @@ import socket
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gppf_ds.errors import UserError
 
@@ -35,7 +37,14 @@ def start_distributed(timeout: float) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout), verbose=False)
+    atexit.register(_leave)
     return device
+
+
+def _leave() -> None:
+    """gloo's threads abort a process that ends while they still run (pytorch issue 190489)."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def import_deepspeed() -> Any:
