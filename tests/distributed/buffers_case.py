@@ -1,4 +1,7 @@
-"""Every rank moves the buffers of its heads by its own batches; then all ranks must hold their weighted mean."""
+"""Every rank moves the buffers of its heads by its own batches; then all ranks must hold their weighted mean.
+
+It does not leave the process group itself: up to a third of such pairs aborted before `start_distributed` saw to that.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,6 @@ def main() -> None:
     assert bank["both"].num_batches_tracked == 6
     assert torch.equal(bank["second"].running_var, torch.full((3,), 3.0))
     assert torch.equal(bank["nobody"].running_mean, torch.full((3,), 7.0))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
