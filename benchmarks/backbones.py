@@ -18,7 +18,6 @@ from typing import Any
 import harness
 import timm
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from gppf_ds.backbone.controller import Controller
@@ -177,7 +176,6 @@ def main() -> None:
         bench = Bench(name, {} if args.full else MODELS[name], images)
         result[name] = measure(bench, args.warmup, args.steps)
         print(json.dumps({name: result[name]["milliseconds"]}), file=sys.stderr)
-    dist.destroy_process_group()
     print(report(result))
     settings = {key: getattr(args, key) for key in ("models", "full", "steps", "warmup", "batch_size", "image_size")}
     harness.save("backbones", {**settings, "ranks": 1}, result, args.results)

@@ -6,6 +6,7 @@ recipe ends with one sentence before any process group exists.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -264,6 +265,10 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def trained(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """The tasks that are trained here: all by name but the frozen ones."""
+        return {name: task for name, task in tasks.items() if name not in self.frozen_tasks}
 
     def __post_init__(self) -> None:
         _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}.")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gppf_ds.data.source import Source
 from gppf_ds.tasks.task import Batch, FeatureInfo, Head, Split, Task
 
 CPU = torch.device("cpu")
@@ -56,3 +59,11 @@ def evaluated(task: Task, head: Head, backbone: nn.Module, indices: Iterable[int
         with torch.no_grad():
             metric.update(head.predict(list(backbone(batch.images)), batch.targets), batch.targets)
     return metric.compute()
+
+
+def smoke_roots(factory: pytest.TempPathFactory, sources: Mapping[str, Source]) -> dict[str, Path]:
+    """A folder with the smoke set of every source."""
+    roots = {name: factory.mktemp(name) for name in sources}
+    for name, source in sources.items():
+        source.smoke(roots[name])
+    return roots

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -18,6 +18,10 @@ _CLOCK_TICK = 2_000_000_000
 
 _CLOCK_SKEW = 60_000_000_000
 """Nanoseconds by which the clock of a file server may be ahead; later times were unpacked from an archive."""
+
+
+WORTH_KEEPING = 8 * 2**20
+"""Bytes of annotations that take longer to read (about a third of a second) than what is kept is worth a file."""
 
 
 class MappedArray:
@@ -86,6 +90,12 @@ def whole_file(place: Path) -> Iterator[IO[bytes]]:
             with suppress(OSError):
                 os.unlink(file.name)
             raise
+
+
+def states(paths: Iterable[str | Path]) -> dict[str, tuple[int, int]]:
+    """Size and time of modification (ns) of files, by their real paths; raises OSError."""
+    real = [os.path.realpath(path) for path in paths]
+    return {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in real}
 
 
 def just_changed(modified: int, now: int) -> bool:

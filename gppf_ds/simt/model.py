@@ -119,6 +119,11 @@ class _StoredGradients(torch.autograd.Function):
         return (None, None, None, *(stored * factor.to(stored.dtype) for stored in ctx.stored))
 
 
+def learns(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter of this name is among those that ``trainable`` lets learn; no patterns: all are."""
+    return not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _rest(module: nn.Module) -> None:
     """Evaluation mode for the largest submodules that have parameters, none of which learns."""
     parameters = list(module.parameters())
@@ -162,7 +167,7 @@ class SimtModel(nn.Module):
                     f"trainable: no parameter's name fits {pattern!r}" + (f" (there is {near[0]})." if near else ".")
                 )
         for name, parameter in self.named_parameters():
-            if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            if not learns(name, patterns):
                 parameter.requires_grad_(False)
         self._partly_frozen = True
         self.train(self.training)

@@ -19,12 +19,9 @@ from pathlib import Path
 from time import time, time_ns
 from typing import Any
 
-from gppf_ds.data.cached_files import just_changed, one_at_a_time, writable
+from gppf_ds.data.cached_files import WORTH_KEEPING, just_changed, one_at_a_time, states, writable
 from gppf_ds.data.records import encode, read_records, write_records
 from gppf_ds.data.user_cache import user_cache
-
-WORTH_KEEPING = 8 * 2**20
-"""Bytes of annotations that take longer to parse (about a third of a second) than the cache is worth a file."""
 
 _KINDS = {"mmdet.datasets.coco.CocoDataset", "mmdet.datasets.openimages.OpenImagesDataset"}
 """Classes that read all they know of their images from a few big files; by name, so that mmseg needs no mmdet."""
@@ -134,8 +131,7 @@ def _files(dataset: Any) -> dict[str, tuple[int, int]] | None:
     """
     named = [value for name, value in vars(dataset).items() if name.endswith("_file") and isinstance(value, str)]
     try:
-        paths = [os.path.realpath(path) for path in named if path]
-        return {path: (os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths}
+        return states(path for path in named if path)
     except OSError:
         return None
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from gppf_ds.backbone.lego import Pass
 from gppf_ds.errors import SampleError, UserError
-from gppf_ds.train.checkpoint import BUFFER, CheckpointReader
 from gppf_ds.train.recipe import read_run
 from gppf_ds.train.record import versions
 from gppf_ds.train.restore import Trained, load_trained
@@ -52,7 +51,7 @@ def write(folder: Path, source: Path) -> None:
     content = {
         "source": str(trained.path),
         "versions": versions(),
-        "tensors": _hashes_of_tensors(CheckpointReader(trained.path)),
+        "tensors": _hashes_of_tensors(trained),
         "outputs": _hashes_of_outputs(trained, list(trained.recipe.tasks), folder / PROBE),
     }
     (folder / FILE).write_text(json.dumps(content, indent=1) + "\n")
@@ -68,7 +67,7 @@ def verify(folder: Path) -> list[Finding]:
         raise UserError(f"{folder} has no {FILE}: only runs with finetune.mode grow have one.")
     certified = json.loads((folder / FILE).read_text())
     trained = load_trained(folder, None, read_run(folder))
-    tensors = _hashes_of_tensors(CheckpointReader(trained.path))
+    tensors = _hashes_of_tensors(trained)
     outputs = _hashes_of_outputs(trained, list(certified["outputs"]), folder / PROBE)
     now = versions()
     others = [
@@ -89,10 +88,8 @@ def _differing(certified: Mapping[str, str], found: Mapping[str, str]) -> list[s
     return [name for name, value in certified.items() if found.get(name) != value]
 
 
-def _hashes_of_tensors(reader: CheckpointReader) -> dict[str, str]:
-    hashes = {name: _hash([reader.whole(name)]) for name in reader.sizes()}
-    buffers = {key: tensor for key, tensor in reader.shared.items() if key.startswith(BUFFER)}
-    return hashes | {key: _hash([tensor]) for key, tensor in buffers.items()}
+def _hashes_of_tensors(trained: Trained) -> dict[str, str]:
+    return {name: _hash(tensor) for name, tensor in trained.model.state_dict().items()}
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def _grown(content: Content, section: Content, source: Content) -> Content:
     old, new = source["tasks"], content.get("tasks") or {}
     if both := sorted(old.keys() & new.keys()):
         raise UserError(f"tasks.{both[0]}: finetune.source has a task of this name, which stays: choose another name.")
-    before = units_per_layer(Path(section["source"]), source)
+    before = units_per_layer(source, checkpoint.number_of_layers(_newest(Path(section["source"]))))
     layers = section.get("grow_layers")
     if layers is not None and not all(layer in range(len(before)) for layer in layers):
         raise UserError(f"finetune.grow_layers must be among 0 to {len(before) - 1}, not {layers}.")
@@ -89,26 +89,27 @@ def content_of(folder: Path) -> Content:
     return content
 
 
-def units_per_layer(folder: Path, content: Content) -> list[int]:
+def units_per_layer(content: Content, layers: int) -> list[int]:
     """How many units every lego layer of a run has, dropped ones included.
 
     Args:
-        folder: of the run.
-        content: its resolved recipe.
+        content: the run's resolved recipe.
+        layers: of its backbone.
     """
     units = content["backbone"]["units"]
-    if isinstance(units, list):
-        return list(units)
-    row = next(iter(rows_of(last_checkpoint(folder)).values()))
-    return [units] * len(row)
+    return list(units) if isinstance(units, list) else [units] * layers
 
 
 def last_checkpoint(folder: Path) -> CheckpointReader:
     """Of a run."""
+    return CheckpointReader(_newest(folder))
+
+
+def _newest(folder: Path) -> Path:
     found = checkpoint.complete(folder / "checkpoints")
     if not found:
         raise UserError(f"finetune: {folder} has no complete checkpoint: train it first.")
-    return CheckpointReader(found[-1])
+    return found[-1]
 
 
 def rows_of(reader: CheckpointReader) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ def check(recipe: Recipe) -> None:
     for name in recipe.config.frozen_tasks:
         if name not in recipe.tasks:
             raise UserError(f"frozen_tasks: there is no task {name!r}: choose from {', '.join(recipe.tasks)}.")
-    tasks = {name: task for name, task in recipe.tasks.items() if name not in recipe.config.frozen_tasks}
+    tasks = recipe.config.trained(recipe.tasks)
     if not tasks:
         raise UserError("frozen_tasks leaves no task to train: take one out.")
     Schedule.from_weights({n: t.weight for n, t in tasks.items()}, recipe.config.schedule, recipe.config.seed)

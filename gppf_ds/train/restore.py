@@ -148,7 +148,7 @@ def load_trained(folder: Path, path: Path | None, recipe: Recipe) -> Trained:
     reader = CheckpointReader(path or found[-1])
     state, config = reader.state, recipe.config
     model, controller = build_model(config.backbone, recipe.tasks, config.seed, state.kept, state.paths_fixed)
-    require_same_architecture(reader, model, [name for name in recipe.tasks if name not in config.frozen_tasks])
+    require_same_architecture(reader, model, list(config.trained(recipe.tasks)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(reader.whole(name).view_as(parameter))

@@ -60,7 +60,7 @@ def reduced(recipe: Recipe) -> Recipe:
         backbone |= {"units": units if isinstance(units, int) else max(units), "pretrained": None}
         backbone["options"] = {**backbone["options"], **_narrow(backbone["name"])}
     if recipe.config.schedule.kind != "per_batch":
-        trained = [name for name in recipe.tasks if name not in recipe.config.frozen_tasks]
+        trained = list(recipe.config.trained(recipe.tasks))
         content["schedule"] = {"kind": "static", "static": trained}
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         groups = ranks * recipe.config.engine.accumulation

@@ -56,8 +56,7 @@ def start(config: RunConfig, tasks: Mapping[str, Task]) -> Start:
             report = str(load_pretrained(model.backbone, weights, config.backbone.pretrained_noise, config.seed))
         return Start(model, controller, None, False, report, Provenance())
     source = _Source(config.finetune)
-    new = [name for name in tasks if name not in config.frozen_tasks]
-    rows = source.rows_for(new)
+    rows = source.rows_for(list(config.trained(tasks)))
     kept = source.kept(rows, config)
     model, controller = build_model(
         config.backbone, tasks, config.seed, kept, source.paths_fixed, trainable=config.trainable
@@ -74,7 +73,7 @@ class _Source:
         self.config = config
         self.reader = last_checkpoint(folder)
         self.rows = rows_of(self.reader)
-        self.units = units_per_layer(folder, content_of(folder))
+        self.units = units_per_layer(content_of(folder), len(next(iter(self.rows.values()))))
         self.paths_fixed = config.mode in ("fixed", "retrain")
 
     def rows_for(self, tasks: Sequence[str]) -> Rows:

@@ -46,7 +46,7 @@ class Trainer:
     def __init__(self, config: RunConfig, tasks: Mapping[str, Task], device: torch.device) -> None:
         self.config = config
         self.all_tasks = dict(tasks)
-        self.tasks = {name: task for name, task in tasks.items() if name not in config.frozen_tasks}
+        self.tasks = config.trained(tasks)
         self.names = list(self.tasks)
         self.device = device
         self.checkpoints = Path(config.output) / "checkpoints"

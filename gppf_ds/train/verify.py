@@ -101,8 +101,7 @@ def verify(run: Recipe, device: torch.device, steps: int, tolerance: float | Non
     # What is compared to the fifth digit must be computed to more.
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    trained = {name: task for name, task in run.tasks.items() if name not in config.frozen_tasks}
-    feed = Feed(config, trained)
+    feed = Feed(config, config.trained(run.tasks))
     ours = _run_engine(run, feed, device, steps)
     told = Told(ours.losses, ours.changed, ours.fragments, _digests(ours))
     main = dist.get_rank() == 0

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
+from gppf_ds.simt.model import learns
 from gppf_ds.simt.usage import owner_of
 from gppf_ds.train.checkpoint import BUFFER, CONTROLLER, CONTROLLER_STATE, CheckpointReader, save
 from gppf_ds.train.recipe import SMOKE_DATA
@@ -99,7 +99,7 @@ def _frozen_units(trained: Trained) -> set[tuple[int, int]]:
     """(layer, unit) of the units that the run has not trained."""
     patterns = trained.recipe.config.trainable
     names = [name for name, _ in trained.model.named_parameters() if owner_of(name)[0] == "unit"]
-    learning = {owner_of(name) for name in names if not patterns or any(fnmatchcase(name, p) for p in patterns)}
+    learning = {owner_of(name) for name in names if learns(name, patterns)}
     return {(int(part[1]), int(part[2])) for part in map(owner_of, names) if part not in learning}
 
 

@@ -9,7 +9,6 @@ import json
 import sys
 
 import torch
-import torch.distributed as dist
 from dense_head import DenseHead
 from torch import Tensor, nn
 
@@ -257,7 +256,6 @@ def main() -> None:
     device = start_distributed(60.0)
     for case in json.loads(sys.argv[1]):
         run(case, device)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from task_steps import batch_of
+from task_steps import batch_of, smoke_roots
 from torch import Tensor, nn
 
 from gppf_ds.data.sets.detection import SOURCES
@@ -34,10 +34,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    roots = {name: tmp_path_factory.mktemp(name) for name in ("lvis", "openimages", "coco")}
-    for name, root in roots.items():
-        SOURCES[name].smoke(root)
-    return roots
+    return smoke_roots(tmp_path_factory, {name: SOURCES[name] for name in ("lvis", "openimages", "coco")})
 
 
 def smoke(config: str, root: Path, **more: Any) -> Detection:

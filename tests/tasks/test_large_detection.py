@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from task_steps import batch_of, evaluated, features_of
+from task_steps import batch_of, evaluated, features_of, smoke_roots
 from torch import nn
 
 from gppf_ds.data.sets.detection import SOURCES
@@ -37,10 +37,7 @@ OWN = {
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    roots = {name: tmp_path_factory.mktemp(name) for name in SOURCES}
-    for name, source in SOURCES.items():
-        source.smoke(roots[name])
-    return roots
+    return smoke_roots(tmp_path_factory, SOURCES)
 
 
 def smoke(config: str, name: str, roots: dict[str, Path], **more: Any) -> Detection:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from data.test_records import same
+from task_steps import smoke_roots
 
 from gppf_ds.data.cached_files import one_at_a_time
 from gppf_ds.data.records import Records
@@ -35,10 +36,9 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    roots = {name: tmp_path_factory.mktemp(name) for name in SOURCES}
-    for name, source in SOURCES.items():
-        source.smoke(roots[name])
-        age(roots[name])
+    roots = smoke_roots(tmp_path_factory, SOURCES)
+    for root in roots.values():
+        age(root)
     return roots
 
 
