@@ -135,7 +135,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def interleaved(
-    arms: Mapping[str, Callable[[int], None]], device: torch.device, warmup: int, rounds: int
+    arms: Mapping[str, Callable[[int], None]],
+    device: torch.device,
+    warmup: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Times A B A B ... in this process group, so that whatever disturbs the machine disturbs every arm alike.
 
@@ -144,6 +148,7 @@ def interleaved(
         device: of this rank.
         warmup: rounds that do not count.
         rounds: that count.
+        clock: seconds, from any start.
 
     Returns:
         Seconds of every step on the slowest rank.
@@ -153,10 +158,10 @@ def interleaved(
         for name, step in arms.items():
             dist.barrier()
             synchronise(device)
-            start = time.perf_counter()
+            start = clock()
             step(number)
             synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     slowest = torch.tensor([values[warmup:] for values in seconds.values()], dtype=torch.float64, device=device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     return dict(zip(seconds, slowest.tolist(), strict=True))

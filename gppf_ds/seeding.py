@@ -23,4 +23,7 @@ def seed_global_generators(seed: int, *key: int | str) -> None:
     word = int(generator(seed, *key).integers(2**32))
     random.seed(word)
     np.random.seed(word)
-    torch.manual_seed(word)
+    # Not torch.manual_seed: where CUDA is not in use it keeps the seed for later together with a formatted stack.
+    torch.default_generator.manual_seed(word)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(word)

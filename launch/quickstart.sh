@@ -5,7 +5,7 @@
 #
 # Makes .venv, installs, makes demo-data/, trains with the deepspeed launcher (every NVIDIA GPU that torch can use, or
 # two CPU ranks where there is none or DS_ACCELERATOR=cpu is set), exports one plain model per task, draws
-# selection.png and prints the results. Run again it reuses what is there; --fresh makes data and run anew (.venv stays).
+# the routes and prints the results. Run again it reuses what is there; --fresh makes data and run anew (.venv stays).
 
 source "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"
 

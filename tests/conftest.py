@@ -42,8 +42,12 @@ def info(backbone: Any) -> FeatureInfo:
 @pytest.fixture
 def light_recipe(demo_data: Path, tmp_path: Path) -> dict[str, Any]:
     """A recipe of two tasks that import nothing heavy; change it, then :func:`write_recipe`."""
+    return make_light_recipe(demo_data, tmp_path / "run")
+
+
+def make_light_recipe(demo_data: Path, output: Path) -> dict[str, Any]:
     return {
-        "output": str(tmp_path / "run"),
+        "output": str(output),
         "steps": 8,
         "log_every": 1,
         "backbone": {"name": "resnet50", "options": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]}},

@@ -69,6 +69,18 @@ def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -
     assert 0 < found["memory"]["checkpoint"] < 0.5 * found["memory"]["plain"]
 
 
+def test_moe_layer_measures_every_comparison_of_layers_that_compute_the_same(tmp_path: Path) -> None:
+    small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--tokens", "20", "--width", "48", "--threads", "1"]
+    command = [sys.executable, str(BENCHMARKS / "moe_layer.py"), "--results", str(tmp_path), *small]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "moe_layer.json").read_text())["result"]
+    assert len(found["milliseconds"]) == 6
+    assert len(found["ratios"]) == 4
+    assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
+    assert found["difference"] < 1e-6
+
+
 def test_data_start_measures_every_start(tmp_path: Path) -> None:
     found = results("data_start", tmp_path, "--images", "2000", "--boxes", "5", "--repeats", "1")
     assert list(found["arms"]) == ["mmdet alone", "first start", "second start"]
@@ -85,6 +97,23 @@ def test_data_wait_measures_every_number_of_workers(tmp_path: Path, light_recipe
     for one in found.values():
         assert 0 < one["wait"]["min"] <= one["wait"]["median"] < one["step"]["median"]
         assert 0 < one["share"] < 1
+
+
+def test_metrics_cost_measures_the_same_steps_twice(tmp_path: Path, light_recipe: dict[str, Any]) -> None:
+    recipe = write_recipe(light_recipe, tmp_path)
+    found = results("metrics_cost", tmp_path, "--config", str(recipe), "--steps", "3", "--warmup", "1")
+    assert 0 < found["bare"]["min"] <= found["watched"]["max"]
+    assert found["difference"]["min"] <= found["difference"]["median"] <= found["difference"]["max"]
+    assert 0 < found["told"]["mean"] < 0.5 * found["bare"]["max"]
+    assert found["scrape"]["bytes"] > 2**10
+
+
+def test_async_save_tells_what_saving_costs(tmp_path: Path) -> None:
+    found = results("async_save", tmp_path, "--mib", "4", "--repeats", "2", "--batch-size", "1")
+    assert found["share of writing that copying took"]["median"] > 0
+    assert found["writing alone"]["min"] <= found["writing alone"]["median"] <= found["writing alone"]["max"]
+    assert found["a row of steps"]["median"] > 0
+    assert found["the same beside a checkpoint"]["min"] > found["copying to host memory"]["min"] > 0
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_commands_and_their_options_exist(name: str, capsys: pytest.CaptureFixtu
         if command.startswith("-") or command == "COMMAND":
             continue
         assert words[0] in COMMANDS, f"{name} shows gppf-ds {command}"
-        words += ["routes"] if "routes" in rest else []
+        words += [kind for kind in ("routes", "cka", "experts") if kind in rest.split()]
         for option in re.findall(r"(--[\w.]+)", rest):
             with pytest.raises(SystemExit):
                 main([*words, "--help"])

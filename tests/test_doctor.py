@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from gppf_ds import doctor
-from gppf_ds.doctor import Row
+from gppf_ds.doctor import Row, machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the import of DeepSpeed, which takes seconds and is not what the test is about."""
-    monkeypatch.setattr(doctor, "_deepspeed_import", lambda: iter(()))
+    monkeypatch.setattr(machine, "_deepspeed_import", lambda: iter(()))
 
 
 def rows_by_name() -> dict[str, Row]:
-    return {row.name: row for row in doctor.report()}
+    return {row.name: row for row in machine.report()}
 
 
 def plant_versions(monkeypatch: pytest.MonkeyPatch, planted: dict[str, str | None]) -> None:
@@ -50,9 +50,9 @@ def test_this_environment_can_train(capsys: pytest.CaptureFixture[str]) -> None:
 def test_ranges_are_those_of_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     ranges = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
-    assert doctor.SpecifierSet(project["requires-python"]) == doctor.SpecifierSet(doctor.PYTHON)
-    assert {name: doctor.SpecifierSet(text) for name, text in doctor.SUPPORTED.items()} == {
-        name: ranges[name] for name in doctor.SUPPORTED
+    assert machine.SpecifierSet(project["requires-python"]) == machine.SpecifierSet(machine.PYTHON)
+    assert {name: machine.SpecifierSet(text) for name, text in machine.SUPPORTED.items()} == {
+        name: ranges[name] for name in machine.SUPPORTED
     }
 
 

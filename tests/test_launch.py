@@ -5,17 +5,24 @@ arguments is asked of its own parser.
 """
 
 import os
+import re
+import shlex
 import shutil
+import signal
 import subprocess
+import sys
 import time
 import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
+from gppf_ds import launched
+
 ROOT = Path(__file__).parents[1]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run"]
+SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 
 PYTHON = r"""#!/usr/bin/env bash
 printf '%s\n' "$*" >>"$CALLS/python"
@@ -237,7 +244,10 @@ class TestTrain:
     @pytest.fixture
     def ready(self, checkout: Checkout) -> Checkout:
         checkout.root = checkout.root.rename(checkout.root.with_name("plain"))
-        checkout.stub("deepspeed", COMMAND)
+        # It writes nothing where it is called: that may be /.
+        checkout.stub("deepspeed", '#!/bin/bash\n{ printf "%s\\0" "$@"; printf "\\n"; } >>"$CALLS/deepspeed"\n')
+        # What reads the hostfile, and carries odd words, is the real thing.
+        checkout.stub("python", f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} "$@"\n')
         shutil.copy(ROOT / "hostfile.example", checkout.root / "hosts")
         (checkout.root / "r.yaml").touch()
         return checkout
@@ -248,12 +258,29 @@ class TestTrain:
         assert_one_sentence(ready.run("train.sh", "hosts", "nothing.yaml"), "recipe nothing.yaml does not exist")
         (ready.root / "empty").write_text("# none\n")
         assert_one_sentence(ready.run("train.sh", "empty", "r.yaml"), "names no machine")
-
-    def test_words_that_a_remote_shell_would_read(self, ready: Checkout) -> None:
+        (ready.root / "bad").write_text("node-1 slots=8\n-oProxyCommand=id slots=8\n")
+        assert_one_sentence(ready.run("train.sh", "bad", "r.yaml"), "line 2", "-oProxyCommand=id")
+        (ready.root / "odd python").mkdir()
+        odd = ready.stub("python", (ready.stubs / "python").read_text(), ready.root / "odd python")
         ready.stub("pdsh", "#!/bin/sh\n")
-        for word in ("--name=$(id)", "--name=a b", "--name=a;b", "--name='a'"):
-            assert_one_sentence(ready.run("train.sh", "hosts", "r.yaml", word), "remote shell")
-        assert not ready.called("deepspeed")
+        path = f"{odd.parent}:{ready.stubs}:/usr/bin:/bin"
+        assert_one_sentence(ready.run("train.sh", "hosts", "r.yaml", PATH=path), "cannot start", "odd python")
+        assert_one_sentence(ready.run("train.sh", "hosts", "r.yaml", PYTHONPATH="$(id)"), "PYTHONPATH")
+
+    @pytest.mark.parametrize("word", ["--name=$(id)", "--name=a b", "--name=a;b", "--name='a'", "--name=%h", "--é=`x`"])
+    def test_words_that_a_remote_shell_would_read_travel_in_one_that_it_cannot(
+        self, ready: Checkout, word: str
+    ) -> None:
+        from deepspeed.launcher.runner import parse_args
+
+        ready.stub("pdsh", "#!/bin/sh\n")
+        done = ready.run("train.sh", "hosts", "r.yaml", word)
+        assert done.returncode == 0, done.stderr
+        parsed = parse_args(ready.called("deepspeed")[0])
+        assert (parsed.hostfile, parsed.user_script) == (str(ready.root / "hosts"), "gppf_ds.launched")
+        [encoded] = parsed.user_args
+        assert re.fullmatch(r"[A-Za-z0-9_-]+", encoded)
+        assert launched.decode(encoded) == (str(ready.root), ["train", "--config", "r.yaml", word])
 
     def test_arguments(self, ready: Checkout) -> None:
         from deepspeed.launcher.runner import fetch_hostfile, parse_args
@@ -261,9 +288,90 @@ class TestTrain:
         ready.stub("pdsh", "#!/bin/sh\n")
         assert ready.run("train.sh", "hosts", "r.yaml", "--steps=5").returncode == 0
         parsed = parse_args(ready.called("deepspeed")[0])
-        assert (parsed.hostfile, parsed.module, parsed.no_local_rank) == ("hosts", True, True)
+        assert (parsed.hostfile, parsed.module, parsed.no_local_rank) == (str(ready.root / "hosts"), True, True)
         assert parsed.user_args == ["train", "--config", "r.yaml", "--steps=5"]
         assert fetch_hostfile(str(ready.root / "hosts")) == {"node-1": 8, "node-2": 8}
+
+
+class TestSlurm:
+    """The batch script, with the real Python and stand-ins for Slurm and the launcher."""
+
+    LAUNCHER = r"""#!/usr/bin/env bash
+cp "$2" "$CALLS/hostfile"
+echo "$MASTER_PORT" >"$CALLS/port"
+[[ -z ${FAILS:-} ]] || exit 3
+for _ in $(seq 300); do
+    [[ -e "$SLURM_SUBMIT_DIR/runs/a run/stop" ]] && exit 0
+    sleep 0.1
+done
+exit 4
+"""
+    SCONTROL = r"""#!/usr/bin/env bash
+echo "$*" >>"$CALLS/scontrol"
+[[ $1 == show ]] && printf 'node-1\nnode-2\n'
+"""
+
+    @pytest.fixture
+    def job(self, checkout: Checkout) -> Checkout:
+        checkout.stub("python", f'#!/bin/sh\nPYTHONPATH={shlex.quote(str(ROOT))} exec {sys.executable} "$@"\n')
+        checkout.stub("deepspeed", self.LAUNCHER)
+        checkout.stub("scontrol", self.SCONTROL)
+        checkout.stub("pdsh", "#!/bin/sh\n")
+        task = {"class_path": "gppf_ds.tasks.classification.Classification", "init_args": {"data": "d"}}
+        recipe = {"output": "runs/a run", "steps": 9, "tasks": {"digits": {**task}}}
+        recipe["tasks"]["digits"]["init_args"]["batch_size"] = 4
+        (checkout.root / "r.yaml").write_text(yaml.safe_dump(recipe))
+        return checkout
+
+    def start(self, job: Checkout, *words: str, **extra: str) -> subprocess.Popen[str]:
+        environment = {
+            "PATH": f"{job.stubs}:/usr/bin:/bin",
+            "CALLS": str(job.calls),
+            "DS_ACCELERATOR": "cpu",
+            "SLURM_JOB_ID": "77",
+            "SLURM_SUBMIT_DIR": str(job.root),
+            "SLURM_JOB_NODELIST": "node-[1-2]",
+            "SLURM_GPUS_ON_NODE": "4",
+            **extra,
+        }
+        command = ["bash", str(job.root / "launch/slurm.sbatch"), *words]
+        return subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd="/"
+        )
+
+    def called(self, job: Checkout) -> list[str]:
+        return (job.calls / "scontrol").read_text().splitlines()
+
+    @pytest.mark.parametrize("wanted_back", [signal.SIGUSR1, signal.SIGTERM])
+    def test_a_signal_stops_the_run_and_requeues_the_job(self, job: Checkout, wanted_back: signal.Signals) -> None:
+        (job.root / "runs/a run").mkdir(parents=True)
+        (job.root / "runs/a run/stop").touch()  # of a job that was killed
+        process = self.start(job, "r.yaml")
+        deadline = time.monotonic() + 60
+        while not (job.calls / "port").exists():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the launcher was not called"
+            time.sleep(0.05)
+        process.send_signal(wanted_back)
+        printed, _ = process.communicate(timeout=30)
+        assert process.returncode == 0, printed
+        assert self.called(job) == ["show hostnames node-[1-2]", "requeue 77"]
+        assert (job.calls / "hostfile").read_text() == "node-1 slots=4\nnode-2 slots=4\n"
+        assert (job.calls / "port").read_text() == "20077\n"
+        assert not list(job.root.glob("*.hostfile"))
+
+    def test_a_failure_is_not_requeued(self, job: Checkout) -> None:
+        process = self.start(job, "r.yaml", FAILS="1")
+        process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert self.called(job) == ["show hostnames node-[1-2]"]
+
+    def test_a_bad_recipe_is_one_sentence(self, job: Checkout) -> None:
+        process = self.start(job, "r.yaml", "--stepps=3")
+        printed, _ = process.communicate(timeout=60)
+        assert process.returncode != 0
+        assert printed.count("\n") == 1, printed
+        assert "stepps" in printed
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:

@@ -1,53 +1,73 @@
-"""The selection map: which unit each task chose in each lego layer (GPPF figures 3 and 10)."""
+"""What controllers chose, in numbers: certainty, units in use, and how near tasks are by the paths they share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-# Okabe and Ito's colours, told apart with every common colour vision.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+Floats = NDArray[np.float64]
 
 
-def selection_map(probabilities: np.ndarray, tasks: Sequence[str], layers: Sequence[str], target: Path) -> None:
-    """Draws the map: one row per task, one column per layer, coloured by unit, the more certain the stronger.
+def entropy(probabilities: NDArray[Any]) -> Floats:
+    """Shannon entropy in nats over the last axis, (..., units) -> (...); 0 log 0 counts as 0."""
+    p = np.asarray(probabilities, dtype=np.float64)
+    return -(p * np.log(np.where(p > 0, p, 1.0))).sum(-1) + 0.0
+
+
+def effective_units(probabilities: NDArray[Any]) -> Floats:
+    """exp(entropy): among how many equally likely units a choice is open, (..., units) -> (...), 1 when it is made."""
+    return np.exp(entropy(probabilities))
+
+
+def paths(probabilities: NDArray[Any]) -> NDArray[np.int64]:
+    """The most likely unit, (..., layers, units) -> (..., layers)."""
+    return np.asarray(probabilities).argmax(-1)
+
+
+def units_in_use(chosen: NDArray[np.int64], units: int) -> Floats:
+    """The effective number of units that the tasks' paths use in every layer.
 
     Args:
-        probabilities: (tasks, layers, units), rows summing to 1.
-        tasks: names of the rows.
-        layers: names of the columns.
-        target: image file; its suffix chooses the format.
+        chosen: (tasks, layers), units.
+        units: the most that a layer has.
+
+    Returns:
+        (layers,): 1 where all tasks share a unit; N where N units have equally many tasks.
     """
-    import matplotlib
+    shares = np.stack([(chosen == unit).mean(0) for unit in range(units)], axis=-1)
+    return effective_units(shares)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Patch
 
-    units = probabilities.shape[-1]
-    chosen = probabilities.argmax(-1)
-    certainty = (probabilities.max(-1) - 1 / units) / max(1 - 1 / units, 1e-9)
-    strength = (0.35 + 0.65 * certainty)[..., None]
-    picture = strength * np.array([to_rgb(c) for c in COLOURS])[chosen % len(COLOURS)] + (1 - strength)
+def path_distances(chosen: NDArray[np.int64]) -> Floats:
+    """The share of layers in which two tasks' paths take different units, (tasks, layers) -> (tasks, tasks)."""
+    return (chosen[:, None] != chosen[None]).mean(-1)
 
-    figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(layers), 1.3 + 0.5 * len(tasks)), layout="constrained")
-    axes.imshow(picture, aspect="auto")
-    for row, column in np.ndindex(chosen.shape):
-        text = f"{chosen[row, column]}\n{probabilities[row, column].max():.2f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7)
-    axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_xticks(np.arange(len(layers) + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(len(tasks) + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=2)
-    axes.tick_params(which="both", length=0)
-    axes.set_xlabel("lego layer")
-    axes.set_ylabel("task")
-    axes.set_title("unit chosen by each task (number) and its probability", fontsize=9)
-    handles = [Patch(color=COLOURS[u % len(COLOURS)], label=f"unit {u}") for u in range(units)]
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(target, dpi=160)
-    plt.close(figure)
+
+def similarity_tree(distances: Floats) -> Floats:
+    """Tasks joined by average linkage (UPGMA), scipy's linkage matrix (tasks - 1, 4); needs two tasks at least."""
+    from scipy.cluster.hierarchy import linkage
+    from scipy.spatial.distance import squareform
+
+    return np.asarray(linkage(squareform(distances, checks=False), method="average", optimal_ordering=True))
+
+
+def as_numbers(probabilities: Floats, tasks: Sequence[str], layers: Sequence[str]) -> dict[str, Any]:
+    """What the pictures show at one step, for a json file.
+
+    Args:
+        probabilities: (tasks, layers, units).
+        tasks, layers: their names.
+    """
+    chosen = paths(probabilities)
+    return {
+        "layers": list(layers),
+        "paths": dict(zip(tasks, chosen.tolist(), strict=True)),
+        "probabilities": dict(zip(tasks, probabilities.round(5).tolist(), strict=True)),
+        "entropy_nats": dict(zip(tasks, entropy(probabilities).round(5).tolist(), strict=True)),
+        "effective_units": dict(zip(tasks, effective_units(probabilities).round(5).tolist(), strict=True)),
+        "units_in_use": dict(zip(layers, units_in_use(chosen, probabilities.shape[-1]).round(5).tolist(), strict=True)),
+        "share_of_layers_that_differ": dict(zip(tasks, path_distances(chosen).round(5).tolist(), strict=True)),
+    }

@@ -36,6 +36,8 @@ class Route:
     """(layers, max units) fp32: in soft mode the mixing weights, in hard mode 1 with the straight-through gradient."""
     path: tuple[int, ...] | None
     """Hard mode and evaluation: the chosen unit of every layer; soft mode: None."""
+    task: str = ""
+    """Whose route it is: the routers of token-level experts are the task's own."""
 
 
 class Controller(nn.Module):
@@ -54,8 +56,9 @@ class Controller(nn.Module):
             mask[layer, :count] = 0
         self.register_buffer("mask", mask, persistent=False)
         self.logits = nn.ParameterDict({task: torch.zeros(mask.shape) for task in tasks})
-        self.frozen = False
-        """In the sparse phase every device takes its task's path, and the logits stay as they are."""
+        self.frozen = max(units) == 1
+        """Where there is nothing to choose, and in the sparse phase, every device takes its task's path, and the logits
+        stay as they are."""
 
     def probabilities(self, task: str) -> Tensor:
         """(layers, max units), each row summing to 1."""
@@ -73,7 +76,7 @@ class Controller(nn.Module):
 
     def fixed_route(self, task: str) -> Route:
         """The route along the task's path."""
-        return Route(torch.ones_like(self.mask), self.path(task))
+        return Route(torch.ones_like(self.mask), self.path(task), task)
 
     def noise(self, seed: int, step: int, device: int) -> Tensor:
         """Gumbel(0, 1) noise, (layers, max units): a function of (seed, step, device)."""
@@ -83,13 +86,13 @@ class Controller(nn.Module):
     def soft_route(self, task: str, noise: Tensor, tau: float) -> Route:
         """u = softmax((log p + G) / tau): equation 1."""
         log_p = torch.log_softmax(self.logits[task] + self.mask, dim=-1)
-        return Route(torch.softmax((log_p + noise.to(log_p.device)) / tau, dim=-1), None)
+        return Route(torch.softmax((log_p + noise.to(log_p.device)) / tau, dim=-1), None, task)
 
     def hard_route(self, task: str, noise: Tensor, tau: float) -> Route:
         """The unit with the largest u; its factor is exactly 1 and carries the gradient of u (straight-through)."""
         path = self.hard_path(task, noise)
         soft = self.soft_route(task, noise, tau).weights
-        return Route(1 + (soft - soft.detach()), path)
+        return Route(1 + (soft - soft.detach()), path, task)
 
     @torch.no_grad()
     def hard_path(self, task: str, noise: Tensor) -> tuple[int, ...]:

@@ -16,7 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from gppf_ds.backbone import convnext, resnet, swin, vit
 from gppf_ds.backbone.blocks import Block, Family
 from gppf_ds.backbone.controller import Route
-from gppf_ds.backbone.lockstep import Lane, Lockstep
+from gppf_ds.backbone.lockstep import Lane, Lockstep, is_stochastic
+from gppf_ds.backbone.moe.convert import add_experts
+from gppf_ds.backbone.moe.layer import MoeLayer
+from gppf_ds.backbone.moe.layout import Layout
 from gppf_ds.backbone.norm import BatchNormRule
 from gppf_ds.config import BackboneConfig
 from gppf_ds.errors import UserError
@@ -42,6 +45,11 @@ class Pass:
     route: Route
     key: tuple[int, int, int] = field(default=(0, 0, 0))
     """(seed, step, device): the randomness of this pass."""
+    sizes: Tensor | None = None
+    """(B, 2), heights and widths of the images before they were padded at the right and at the bottom; None where none
+    was. Tokens of padding choose no experts."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """Left by the backbone, by MoE layer: what the tokens chose, see :class:`gppf_ds.backbone.moe.call.Call`."""
 
 
 class LegoLayer(nn.Module):
@@ -62,6 +70,10 @@ class LegoLayer(nn.Module):
         self.before = first.before
         self.units = nn.ModuleDict({str(unit): block.module for unit, block in blocks.items()})
         self.slots = {unit: slot for slot, unit in enumerate(blocks)}
+        self.moe_parts: list[str] = getattr(first.module, "parts", [])
+        """Which parts of the (then only) unit have token-level experts: ``attn``, ``mlp``."""
+        if self.moe_parts:
+            return
         try:
             self.lockstep = Lockstep(list(self.units.values()))
         except ValueError as error:
@@ -77,6 +89,8 @@ class LegoLayer(nn.Module):
             batch_norm: what batch norms in training do.
             xs: the devices' maps.
         """
+        if self.moe_parts:
+            return self._with_experts(passes, xs)
         lanes: list[Lane] = []
         owners: list[tuple[int, int]] = []
         for device, (x, one) in enumerate(zip(xs, passes, strict=True)):
@@ -100,6 +114,20 @@ class LegoLayer(nn.Module):
             else:
                 mixed.append(ys[0])
         return tuple(mixed)
+
+    def _with_experts(self, passes: Sequence[Pass], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The devices' maps, followed by the statistics of every MoE layer of the first device, of the second, ..."""
+        unit = next(iter(self.units.values()))
+        outputs, statistics = [], []
+        for one, x in zip(passes, xs, strict=True):
+            if unit.training and is_stochastic(unit):
+                seed, step, device = one.key
+                seed_global_generators(seed, FORWARD, step, device, self.index)
+            height, width = one.images.shape[-2:]
+            y, *own = unit(self.before(x), one.route.task, (height, width), one.sizes)
+            outputs.append(y)
+            statistics += own
+        return (*outputs, *statistics)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -130,6 +158,8 @@ class LegoBackbone(nn.Module):
         config: the timm model, its options and the number of units.
         seed: of the run; unit k of every layer comes from the k-th independently initialised model.
         kept: the units that every layer still holds (the sparse phase drops the others); all of them by default.
+        tasks: names, for the routers of token-level experts (``config.moe``).
+        layout: the experts that there are, and who may choose them; by default as configured.
 
     Attributes:
         layers: the lego layers, first to last.
@@ -141,13 +171,21 @@ class LegoBackbone(nn.Module):
         UserError: timm has no such model, it comes apart in no known way, or the units do not fit it.
     """
 
-    def __init__(self, config: BackboneConfig, seed: int = 0, kept: Sequence[Sequence[int]] | None = None) -> None:
+    def __init__(
+        self,
+        config: BackboneConfig,
+        seed: int = 0,
+        kept: Sequence[Sequence[int]] | None = None,
+        tasks: Sequence[str] = (),
+        layout: Layout | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.family = _family(config)
         self.timm_options: dict[str, Any] = {**self.family.options, **config.options, "num_classes": 0}
         self._undecayed: set[str] = set()
         first = self._blocks(seed, 0)
+        self.layout = None if config.moe is None else add_experts(first, config.moe, tasks, layout)
         self.units = _units_per_layer(config, len(first))
         candidates = [first, *(self._blocks(seed, k) for k in range(1, max(self.units)))]
         layers = []
@@ -176,6 +214,27 @@ class LegoBackbone(nn.Module):
             known = ", ".join(["plain", *self.family.variants])
             raise UserError(f"backbone.unit_blocks: {name} has no {kind} blocks (it has {known}).")
         return [self.family.of_class(kind, block) for block in blocks]
+
+    def moe_layers(self) -> dict[str, MoeLayer]:
+        """The layers with token-level experts by name: ``LAYER.attn``, ``LAYER.mlp``."""
+        found: dict[str, MoeLayer] = {}
+        for layer in self.layers:
+            assert isinstance(layer, LegoLayer)
+            unit: Any = next(iter(layer.units.values()))
+            found |= {f"{layer.index}.{part}": getattr(unit.block, part) for part in layer.moe_parts}
+        return found
+
+    def detach_statistics(self, schedule: str) -> None:
+        """Prepares the losses on what tokens choose for the task average.
+
+        A router's gradient is divided by how many devices run its task, which these losses allow for; what lies before
+        the router is divided by other counts, so their gradient ends there. Not so where all counts are equal.
+
+        Args:
+            schedule: its kind.
+        """
+        for layer in self.moe_layers().values():
+            layer.detach_statistics = schedule not in ("accumulate", "per_batch")
 
     def block_class(self, unit: int) -> str:
         """Of a unit of any layer, as ``backbone.unit_blocks`` names it."""
@@ -214,11 +273,21 @@ class LegoBackbone(nn.Module):
                 xs = checkpoint(layer, passes, batch_norm, *xs, use_reentrant=False, preserve_rng_state=False)
             else:
                 xs = layer(passes, batch_norm, *xs)
+            if layer.moe_parts:
+                xs = _keep_statistics(layer, passes, xs)
             if layer.tap is not None:
                 for maps, x, one in zip(features, xs, passes, strict=True):
                     height, width = one.images.shape[-2:]
                     maps.append(layer.tap.as_map(x, (height, width)))
         return features
+
+
+def _keep_statistics(layer: LegoLayer, passes: Sequence[Pass], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Leaves the statistics among a layer's outputs with their passes, and returns the maps."""
+    statistics = iter(xs[len(passes) :])
+    for one in passes:
+        one.statistics |= {f"{layer.index}.{part}": next(statistics) for part in layer.moe_parts}
+    return tuple(xs[: len(passes)])
 
 
 def timm_module(name: str) -> str:

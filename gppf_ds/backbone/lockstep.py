@@ -7,8 +7,8 @@ by every lane, and at batch norms the lanes wait for each other. timm's blocks s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
-from operator import attrgetter
+import operator
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any, cast
 
 from timm.layers import BatchNormAct2d, DropBlock2d, DropPath
@@ -34,8 +34,18 @@ def _rate(module: nn.Module) -> float:
     return float(getattr(module, "p", None) or getattr(module, "drop_prob", None) or 0.0)
 
 
+class _Proxy(fx.Proxy):
+    """Keeps ``x += y`` in place, as the block has it; fx alone makes another map of it."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     """Opens only modules that hold a batch norm."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or not has_batch_norm(m)
@@ -57,6 +67,7 @@ class Lockstep:
     def __init__(self, units: Sequence[nn.Module]) -> None:
         self.graphs = [list(_Tracer().trace(unit).nodes) if has_batch_norm(unit) else [] for unit in units]
         self.norms = [_norm_names(unit, graph) for unit, graph in zip(units, self.graphs, strict=True)]
+        self.noisy = [{name for name, module in unit.named_modules() if is_stochastic(module)} for unit in units]
         widths = [
             [unit.get_submodule(name).num_features for name in names]
             for unit, names in zip(units, self.norms, strict=True)
@@ -80,10 +91,12 @@ class Lockstep:
             reseed: called with (lane, position) before anything that draws random numbers.
         """
         if not self.norms[0]:
-            return [_call(units[k], x, lane, 0, reseed) for lane, (k, x) in enumerate(lanes)]
+            return [_call(units[k], x, lane, 0, reseed if self.noisy[k] else None) for lane, (k, x) in enumerate(lanes)]
         # Where one unit learns, all lanes meet: those of frozen units bring the same collectives to every rank.
         meet = any(unit.training for unit in units)
-        runs = [_run(self.graphs[k], units[k], x, lane, reseed, meet) for lane, (k, x) in enumerate(lanes)]
+        runs = [
+            _run(self.graphs[k], units[k], x, lane, reseed, self.noisy[k], meet) for lane, (k, x) in enumerate(lanes)
+        ]
         names = zip(*self.norms, strict=True)
         inputs, outputs = _advance(runs, [None] * len(runs))
         while not outputs:
@@ -121,6 +134,7 @@ def _run(
     x: Tensor,
     lane: int,
     reseed: Callable[[int, int], None] | None,
+    noisy: Collection[str],
     meet: bool,
 ) -> _Run:
     values: dict[fx.Node, Any] = {}
@@ -131,7 +145,7 @@ def _run(
         if node.op == "placeholder":
             values[node] = x
         elif node.op == "get_attr":
-            values[node] = attrgetter(target)(unit)
+            values[node] = operator.attrgetter(target)(unit)
         elif node.op == "call_function":
             values[node] = target(*args, **kwargs)
         elif node.op == "call_method":
@@ -143,13 +157,13 @@ def _run(
                 # timm's combined module: the norm and what follows it.
                 values[node] = module.act(module.drop(y)) if isinstance(module, BatchNormAct2d) else y
             else:
-                values[node] = _call(module, args[0], lane, position, reseed)
+                values[node] = _call(module, args[0], lane, position, reseed if target in noisy else None)
         else:
             return cast(Tensor, args[0])
     raise AssertionError("a traced graph ends with its output")
 
 
 def _call(module: nn.Module, x: Tensor, lane: int, position: int, reseed: Callable[[int, int], None] | None) -> Tensor:
-    if reseed is not None and module.training and is_stochastic(module):
+    if reseed is not None and module.training:
         reseed(lane, position)
     return cast(Tensor, module(x))

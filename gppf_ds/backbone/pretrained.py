@@ -1,7 +1,8 @@
 """Starting a lego backbone from a plain checkpoint: every unit gets the weights, all but the first with a little noise.
 
 Units that start equal would get proportional gradients and could part ways only through the controllers' noise, so
-every unit but the first is moved by a small relative noise (a choice of ours, the paper is silent).
+every unit but the first is moved by a small relative noise (a choice of ours, the paper is silent). Token-level experts
+are made of the dense layers' weights (:mod:`gppf_ds.backbone.moe.upcycle`), and those that hold the same get the noise.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.serialization import safe_globals
 
 from gppf_ds.backbone.lego import LegoBackbone, LegoLayer
+from gppf_ds.backbone.moe.upcycle import NEW, Upcycled, dense_names, upcycled
 from gppf_ds.backbone.names import REMARKS, State, recognise
 from gppf_ds.errors import UserError
 from gppf_ds.seeding import INIT, generator
@@ -40,11 +42,14 @@ class Report:
     prefix: str
     """In front of them."""
     noise: float
-    """Standard deviation of the noise of units 1 and up, relative to that of each tensor."""
+    """Standard deviation of the noise of units 1 and up, and of experts that hold what another one holds, relative to
+    that of each tensor."""
     loaded: list[str] = field(default_factory=list)
     """timm's names of the tensors that every unit took."""
     resized: dict[str, str] = field(default_factory=dict)
     """Those among them that timm adapted to another grid, window or patch size, with both shapes."""
+    upcycled: dict[str, str] = field(default_factory=dict)
+    """Those among them that token-level experts made of dense weights, and what each is."""
     missing: dict[str, str] = field(default_factory=dict)
     """timm's names of the tensors that stayed as they were initialised, and why."""
     unused: dict[str, str] = field(default_factory=dict)
@@ -53,19 +58,20 @@ class Report:
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing)
         place = f" behind {self.prefix!r}" if self.prefix else ""
+        noisy = "experts that repeat others" if self.upcycled else "all units but the first"
         lines = [
             f"{self.source} (names of {self.convention}{place}): {len(self.loaded)} of {total} tensors loaded, "
-            f"relative noise {self.noise:g} on all units but the first"
+            f"relative noise {self.noise:g} on {noisy}"
         ]
-        for title, entries in (("resized", self.resized), ("missing", self.missing), ("unused", self.unused)):
-            lines += [f"  {title}: {line}" for line in _by_reason(entries)]
+        for title in ("resized", "upcycled", "missing", "unused"):
+            lines += [f"  {title}: {line}" for line in _by_reason(getattr(self, title))]
         if self.convention in REMARKS:
             lines.append(f"  {REMARKS[self.convention]}")
         return "\n".join(lines)
 
 
 def load_pretrained(backbone: LegoBackbone, source: str, noise: float, seed: int) -> Report:
-    """Copies a plain checkpoint into every unit of every layer.
+    """Copies a plain checkpoint into every unit of every layer, and makes token-level experts of it.
 
     Unit 0 gets the very values. Parameters of the other units become ``value + noise * std(value) * N(0, 1)``, drawn
     for (seed, layer, unit, name) alone, so that every rank has the same bits; buffers get no noise.
@@ -85,7 +91,8 @@ def load_pretrained(backbone: LegoBackbone, source: str, noise: float, seed: int
     """
     kind, _, tag = source.partition(":")
     state = _from_timm(backbone.config.name, tag) if kind == "timm" else read_checkpoint(source)
-    wanted = {name: tensor.shape for name, *_, tensor in _places(backbone)}
+    layers: Any = backbone.layers
+    wanted = list(dict.fromkeys([*(name for name, *_ in _places(backbone)), *dense_names(layers)]))
     reading = recognise(state, wanted)
     if reading is None:
         raise UserError(
@@ -94,7 +101,10 @@ def load_pretrained(backbone: LegoBackbone, source: str, noise: float, seed: int
         )
     report = Report(source, reading.convention, reading.prefix, noise)
     values = _adapt(reading.read(state), backbone, report)
-    _copy(values, backbone, seed, report)
+    moe = backbone.config.moe
+    experts = upcycled(values, layers, moe) if moe else Upcycled()
+    report.upcycled = experts.how
+    _copy(values | experts.values, backbone, seed, report, experts.copies)
     report.unused = {key: reading.why_unused(key) for key in state if key not in set(reading.names.values())}
     if not report.loaded:
         raise UserError(
@@ -214,18 +224,19 @@ def _adapt(values: State, backbone: LegoBackbone, report: Report) -> State:
 
 
 @torch.no_grad()
-def _copy(values: State, backbone: LegoBackbone, seed: int, report: Report) -> None:
+def _copy(values: State, backbone: LegoBackbone, seed: int, report: Report, repeated: Collection[str]) -> None:
     loaded = {}
     for name, layer, unit, tensor in _places(backbone):
         value = values.get(name)
         if value is None:
             # Batch norm's counter has no use where there is a momentum, and some libraries do not keep it.
             if not name.endswith("num_batches_tracked"):
-                report.missing[name] = "not in the checkpoint"
+                new = ".routers." in name or ".task_embeddings." in name
+                report.missing[name] = NEW if new else "not in the checkpoint"
         elif value.shape != tensor.shape:
             report.missing[name] = f"{_shape(value)} in the checkpoint, {_shape(tensor)} in the backbone"
         else:
-            noisy = unit > 0 and isinstance(tensor, nn.Parameter)
+            noisy = (unit > 0 or name in repeated) and isinstance(tensor, nn.Parameter)
             tensor.copy_(moved(value, report.noise, seed, layer, unit, name) if noisy else value)
             loaded[name] = True
     report.loaded = [name for name in loaded if name not in report.missing]

@@ -26,7 +26,7 @@ def units_run(paths: Iterable[Sequence[int]]) -> int:
 
 @torch.no_grad()
 def shared_forward(
-    backbone: LegoBackbone, images: Tensor, paths: Mapping[str, Sequence[int]]
+    backbone: LegoBackbone, images: Tensor, paths: Mapping[str, Sequence[int]], sizes: Tensor | None = None
 ) -> dict[str, list[Tensor]]:
     """The feature maps of every path over the same images, equal to those of each path run alone.
 
@@ -36,6 +36,7 @@ def shared_forward(
         backbone: in evaluation mode (in training, batch norm couples whatever runs together).
         images: (B, 3, H, W).
         paths: the unit of every layer, by task.
+        sizes: of the images before they were padded, see :class:`gppf_ds.backbone.lego.Pass`.
 
     Returns:
         By task, the maps (B, channels[i], H / strides[i], W / strides[i]), finest first. Tasks that share a prefix
@@ -49,25 +50,28 @@ def shared_forward(
     height, width = images.shape[-2:]
     weights = torch.ones(len(backbone.layers), max(backbone.units), device=images.device)
     features: dict[str, list[Tensor]] = {task: [] for task in paths}
-    waiting = _part(paths, list(paths), 0, images)
+    waiting = _part(backbone, paths, list(paths), 0, images)
     while waiting:
         index, tasks, x = waiting.pop()
         layer = backbone.layers[index]
         assert isinstance(layer, LegoLayer)
-        route = Route(weights, tuple(paths[tasks[0]]))
-        (x,) = layer([Pass(images, route)], NormPolicy(), x)
+        route = Route(weights, tuple(paths[tasks[0]]), tasks[0])
+        x, *_ = layer([Pass(images, route, sizes=sizes)], NormPolicy(), x)
         if layer.tap is not None:
             feature = layer.tap.as_map(x, (height, width))
             for task in tasks:
                 features[task].append(feature)
         if index + 1 < len(backbone.layers):
-            waiting += _part(paths, tasks, index + 1, x)
+            waiting += _part(backbone, paths, tasks, index + 1, x)
     return features
 
 
-def _part(paths: Mapping[str, Sequence[int]], tasks: Sequence[str], layer: int, x: Tensor) -> list[_Branch]:
-    """The tasks by the unit that they run in this layer."""
-    branches: dict[int, list[str]] = {}
+def _part(
+    backbone: LegoBackbone, paths: Mapping[str, Sequence[int]], tasks: Sequence[str], layer: int, x: Tensor
+) -> list[_Branch]:
+    """The tasks by the unit that they run in this layer; where tokens choose experts, each task by itself."""
+    branches: dict[tuple[int, str], list[str]] = {}
     for task in tasks:
-        branches.setdefault(paths[task][layer], []).append(task)
+        alone = task if backbone.layers[layer].moe_parts else ""
+        branches.setdefault((paths[task][layer], alone), []).append(task)
     return [(layer, together, x) for together in branches.values()]

@@ -42,8 +42,12 @@ class Unit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C), behind patch merging (B, ceil(H / 2), ceil(W / 2), C')."""
         x = self.downsample(x)
-        self.block.shift_size = self.shift if self._fits(x.shape[1], x.shape[2]) else self.full_shift
+        self.choose_shift(x.shape[1], x.shape[2])
         return self.norm(self.block(x))
+
+    def choose_shift(self, height: int, width: int) -> None:
+        """Tells the block how far to shift its windows over a map of this size."""
+        self.block.shift_size = self.shift if self._fits(height, width) else self.full_shift
 
     def _fits(self, height: int, width: int) -> bool:
         """Whether timm's choice of the shift, made for an image of ``img_size``, holds for this map."""

@@ -152,7 +152,8 @@ def _is_complete(root: Path, arguments: DemoArguments, overwrite: bool) -> bool:
 
 
 def _stamp(root: Path, arguments: DemoArguments) -> dict[str, Any]:
-    files = sum(path.is_file() and path.name != _STAMP for path in root.rglob("*"))
+    # Hidden files are not ours: the index of a large folder, for one.
+    files = sum(path.is_file() and not path.name.startswith(".") and path.name != _STAMP for path in root.rglob("*"))
     return {"version": _VERSION, "arguments": asdict(arguments), "files": files}
 
 

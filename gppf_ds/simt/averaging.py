@@ -51,5 +51,6 @@ def scale_for_average(
         gradients.append(parameter.grad)
         by_count[count].append(parameter.grad)
     for count, group in by_count.items():
-        torch._foreach_mul_(group, 1.0 / count)
+        if count != 1:
+            torch._foreach_mul_(group, 1.0 / count)
     return gradients

@@ -58,6 +58,8 @@ def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
     _refuse_contradictions(settings, config)
     zero = {
         "stage3_param_persistence_threshold": 0,
+        # Stages 1 and 2 hold a buffer of this many values; DeepSpeed's default is 2 GB of fp32.
+        "reduce_bucket_size": 50_000_000,
         **settings.get("zero_optimization", {}),
         "stage": engine.zero_stage,
         # Overlap happens at lego layers in one fixed order; DeepSpeed's own follows each rank's autograd order.

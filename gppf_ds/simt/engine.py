@@ -1,8 +1,8 @@
-"""SIMT in a DeepSpeed engine: the one file that touches DeepSpeed's internals."""
+"""SIMT in a DeepSpeed engine. With ``partitions.py`` and ``expert_parallel.py`` it touches DeepSpeed's internals."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -15,16 +15,19 @@ from torch import Tensor
 
 from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import LegoLayer
+from gppf_ds.backbone.moe.statistics import Routing
 from gppf_ds.config import RunConfig
 from gppf_ds.simt.audit import Audit
 from gppf_ds.simt.buffers import average_head_buffers
 from gppf_ds.simt.deepspeed_config import deepspeed_config
+from gppf_ds.simt.expert_parallel import ExpertParallel
 from gppf_ds.simt.job import import_deepspeed, resolve_precision
-from gppf_ds.simt.masked import Fragment, MaskedOptimizer, Partition, Segment, fragments_of
+from gppf_ds.simt.masked import Fragment, MaskedOptimizer, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
 from gppf_ds.simt.optimizer import build_optimizer, learning_rate
+from gppf_ds.simt.partitions import partitions
 from gppf_ds.simt.reduction import LayerwiseReduction, split_into_parts
-from gppf_ds.simt.usage import Owner, owner_of, usage_counts
+from gppf_ds.simt.usage import ExpertUsers, Owner, divisors, owner_of, usage_counts
 
 
 @dataclass
@@ -40,6 +43,8 @@ class StepReport:
     counts: Mapping[Owner, int] = field(default_factory=dict)
     paths: np.ndarray | None = None
     """The unit of every layer that each device ran, (devices, layers); None where devices mix all units."""
+    experts: ExpertUsers = field(default_factory=dict)
+    """How many devices of each task sent tokens to each expert."""
 
 
 class SimtEngine:
@@ -64,16 +69,23 @@ class SimtEngine:
         if self.stage == 3:
             # Gathered and reduced as a whole, so that all ranks do the same whatever units and heads they run.
             deepspeed.utils.set_z3_leaf_modules(model, [LegoLayer, HeadBank])
+        self.owners = {name: owner_of(name) for name, _ in model.named_parameters()}
+        self.learning = {self.owners[name] for name, p in model.named_parameters() if p.requires_grad}
+        size = config.engine.expert_parallel
+        self.expert_parallel = ExpertParallel(model, size) if size > 1 else None
+        optimizer = build_optimizer(model, config)
+        if self.expert_parallel is not None:
+            self.expert_parallel.split_groups(optimizer)
         self.engine = deepspeed.initialize(
             model=model,
-            optimizer=build_optimizer(model, config),
+            optimizer=optimizer,
             config=deepspeed_config(config, self.precision),
             dist_init_required=False,
         )[0]
         self.model: SimtModel = self.engine.module
+        self.model.backbone.detach_statistics(config.schedule.kind)
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.model.named_parameters()}
-        self.owners = {name: owner_of(name) for name, _ in self.model.named_parameters()}
-        self._distinct_owners = set(self.owners.values())
+        self._distinct_owners = {*self.owners.values(), *(("task", task) for task in controller.logits)}
         self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         self.frozen = [(n, p) for n, p in self.model.named_parameters() if not p.requires_grad]
         # DeepSpeed's hook on a leaf module needs an input with a gradient. So do batch norms where some units are
@@ -82,9 +94,10 @@ class SimtEngine:
         self._images_need_gradients = self.stage == 3 or learning == {True, False}
         self.masked = None
         if self.stage:
-            partitions = _partitions_of_stage_3 if self.stage == 3 else _partitions_of_stages_1_and_2
-            self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine))
+            self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine, self.stage))
         self.reduction = self._take_over_reduction()
+        if self.expert_parallel is not None:
+            self.expert_parallel.take_over_norm(self.engine, self.stage)
         self.audit = Audit() if config.engine.audit else None
         self._head_batches: Counter[str] = Counter()
 
@@ -97,9 +110,14 @@ class SimtEngine:
         else:
             self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
         named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
-        reduction = LayerwiseReduction(split_into_parts(named, len(self.model.backbone.layers)))
+        reduction = LayerwiseReduction(split_into_parts(named, len(self.model.backbone.layers), self._peers))
         self.model.backbone.after_backward = reduction.backward_reached
         return reduction
+
+    def _peers(self, parameter: Any) -> Any:
+        """The process group of the ranks that hold a parameter; None for all."""
+        spread = self.expert_parallel
+        return spread.peers if spread is not None and spread.is_spread(parameter) else None
 
     def _own_parts(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
         """Stage 3: the parts of the whole gradients that this rank steps."""
@@ -147,49 +165,62 @@ class SimtEngine:
 
     def _step(self, step: int, tasks: Sequence[str], groups: Sequence[Sequence[Job]]) -> StepReport:
         self._set_learning_rate(learning_rate(step, self.config))
-        self.engine.train()
+        if not self.model.training:  # it walks over every module
+            self.engine.train()
         paths = self._paths(tasks, step)
         losses: list[DeviceLoss] = []
+        experts: defaultdict[Owner, Counter[str]] = defaultdict(Counter)
         valid = np.ones(len(tasks), dtype=bool)
         with self._local_gradients():
             for number, jobs in enumerate(groups, start=1):
                 if self._images_need_gradients:
                     for job in jobs:
                         job.passing.images.requires_grad_()
-                loss, outcomes = self.engine(jobs, self._loss_scale())
+                loss, outcomes, routing = self.engine(jobs, self._loss_scale())
+                if routing is not None:
+                    self._count_experts(routing, experts)
                 losses.extend(outcomes)
                 self._head_batches.update(job.task for job in jobs)
                 valid &= self._finite_devices(jobs, outcomes, len(tasks))
                 for job in jobs:
-                    if not valid[job.device]:
+                    if not valid[job.device] and job.passing.route.weights.requires_grad:
                         # Batch statistics couple devices: other losses reach this route too, and must not count for it.
                         job.passing.route.weights.register_hook(torch.zeros_like)
                 if number == len(groups):
-                    counts = usage_counts(self._distinct_owners, tasks, paths, valid)
-                    self.reduction.begin(counts, strict=bool(valid.all()))
+                    counts = usage_counts(self._distinct_owners, tasks, paths, valid, experts)
+                    shares = divisors(counts, len(tasks), len(set(tasks)), self.config.schedule.kind)
+                    self.reduction.begin(shares, strict=bool(valid.all()))
                 self.engine.backward(loss, scale_wrt_gas=False)
             self.reduction.finish()
             skipped = self._reason_to_skip(valid)
             if skipped is not None:
-                counts = dict.fromkeys(counts, 0)
+                counts = shares = dict.fromkeys(counts, 0)
                 for parameter, _ in self.parameters:
                     parameter.grad = None
         if self.stage == 3:
             self._clear_stale_partitions(counts)
-        return StepReport(losses, valid, self._update(tasks, valid, counts, skipped), counts, paths)
+        return StepReport(losses, valid, self._update(shares, skipped), counts, paths, experts)
 
-    def _update(
-        self, tasks: Sequence[str], valid: np.ndarray, counts: Mapping[Owner, int], skipped: str | None
-    ) -> str | None:
+    def _count_experts(self, routing: Routing, experts: defaultdict[Owner, Counter[str]]) -> None:
+        """Adds the devices that sent tokens to each expert."""
+        layout = self.model.backbone.layout
+        assert layout is not None
+        for layer, users in routing.users.items():
+            for task, row in zip(layout.tasks, users.tolist(), strict=True):
+                for expert, count in zip(layout.experts[layer], row, strict=True):
+                    if count:
+                        experts["expert", layer, str(expert)][task] += int(count)
+
+    def _update(self, shares: Mapping[Owner, int], skipped: str | None) -> str | None:
         """Lets the optimizers step, and returns why nothing changed, if so."""
         if self.masked is not None:
-            self.masked.users = lambda name: counts[self.owners[name]]
+            self.masked.users = lambda name: shares[self.owners[name]]
         scale = self._loss_scale()
         if self.stage > 0 or skipped is None:
             self.engine.step()
         if self._loss_scale() < scale:
             skipped = "loss_scale_overflow"
-        self._controller_step(tasks, valid, scale, skipped is not None)
+        self._controller_step(shares, scale, skipped is not None)
         return skipped
 
     def close(self) -> None:
@@ -241,9 +272,10 @@ class SimtEngine:
         part.data.view(-1)[: own.numel()].copy_(own)
 
     def full_parameters(self) -> dict[str, Tensor]:
-        """Every parameter by name, whole, on the CPU; a collective call at stage 3."""
+        """Every parameter by name, whole, on the CPU; a collective call where ranks hold parts."""
         if self.stage < 3:
-            return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+            here = {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+            return here if self.expert_parallel is None else self.expert_parallel.gathered(here)
         whole = {}
         for name, parameter in self.model.named_parameters():
             with import_deepspeed().zero.GatheredParameters([parameter]):
@@ -256,10 +288,10 @@ class SimtEngine:
         Frozen parameters, which no optimizer holds, are rank 0's, and at stage 3 every rank's in parts.
         """
         if self.masked is None:
-            return [(name, 0, p) for name, p in self.model.named_parameters()] if every_rank or self.rank == 0 else []
+            return [(name, 0, p) for name, p in self.model.named_parameters() if every_rank or self._stands_for(p)]
         owned = [(segment.name, segment.start, view) for segment, view in self.masked.views]
         if self.stage < 3:
-            return owned + ([(name, 0, p) for name, p in self.frozen] if self.rank == 0 else [])
+            return owned + [(name, 0, p) for name, p in self.frozen if self._stands_for(p)]
         for name, parameter in self.frozen:
             part = parameter.ds_tensor.data.view(-1)
             start = self.rank * part.numel()
@@ -267,6 +299,10 @@ class SimtEngine:
             if own.numel():
                 owned.append((name, start, own))
         return owned
+
+    def _stands_for(self, parameter: Any) -> bool:
+        """Whether this rank stands for all that hold the same parameter: the first of them does."""
+        return dist.get_rank(self._peers(parameter)) == 0
 
     def _paths(self, tasks: Sequence[str], step: int) -> np.ndarray | None:
         """Where devices run single units: those that every device of every rank chooses, (devices, layers)."""
@@ -314,8 +350,8 @@ class SimtEngine:
             dist.all_reduce(bad)
         return "non_finite_gradient" if bad > 0 else None
 
-    def _controller_step(self, tasks: Sequence[str], valid: np.ndarray, loss_scale: float, skipped: bool) -> None:
-        """Task average and Adam step of the controller rows (N_p = devices that run the task)."""
+    def _controller_step(self, shares: Mapping[Owner, int], loss_scale: float, skipped: bool) -> None:
+        """Task average and Adam step of the controller rows, each its task's."""
         if self.controller.frozen:
             return
         names = list(self.controller.logits)
@@ -326,8 +362,8 @@ class SimtEngine:
         flat = flat / loss_scale
         usable = not skipped and bool(torch.isfinite(flat).all())
         for row, name, grad in zip(rows, names, flat, strict=True):
-            count = int(np.sum(valid & (np.asarray(tasks) == name)))
-            row.grad = grad / count if count and usable else None
+            share = shares["task", name]
+            row.grad = grad / share if share and usable else None
         self.controller_optimizer.step()
         self.controller_optimizer.zero_grad()
 
@@ -340,36 +376,3 @@ class SimtEngine:
     def _set_learning_rate(self, value: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = value
-
-
-def _partitions_of_stages_1_and_2(engine: Any) -> list[Partition]:
-    """Where the parameters' parts lie in this rank's flat fp32 partitions."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
-    partitions = []
-    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-        segments = []
-        for parameter in optimizer.bit16_groups[index]:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                inside, part = mapping.lp_fragment_address, mapping.hp_fragment_address
-                segments.append(Segment(names[parameter], inside.start, part.start, part.numel))
-        partitions.append(Partition(flat, index, segments))
-    return partitions
-
-
-def _partitions_of_stage_3(engine: Any) -> list[Partition]:
-    """The same at stage 3, where every parameter is cut into equal parts, the last one padded."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
-    partitions = []
-    for index, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
-        segments = []
-        for parameter in optimizer.fp16_groups[index]:
-            _, offset, part = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            start = dist.get_rank() * part
-            length = min(part, parameter.ds_numel - start)
-            if length > 0:
-                segments.append(Segment(names[parameter], start, offset, length))
-        partitions.append(Partition(flat, optimizer.sub_group_to_group_id[index], segments))
-    return partitions

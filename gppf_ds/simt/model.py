@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gppf_ds.backbone.lego import LegoBackbone, Pass
+from gppf_ds.backbone.moe.statistics import Routing, routing_of
 from gppf_ds.backbone.norm import BatchNormRule, NormPolicy
 from gppf_ds.errors import UserError
 from gppf_ds.seeding import FORWARD, seed_global_generators
@@ -67,7 +68,7 @@ class HeadBank(nn.Module):
         names = sorted({job.task for job in jobs})
         parameters = [p for name in names for p in self.bank[name].parameters() if p.requires_grad]
         sums: dict[Tensor, Tensor] = {}
-        feature_grads: list[Tensor] = []
+        feature_grads: list[Tensor | None] = []
         outcomes: list[DeviceLoss] = []
         total = maps[0].new_zeros((), dtype=torch.float32)
         for number, job in enumerate(jobs):
@@ -80,8 +81,10 @@ class HeadBank(nn.Module):
                 for parameter, grad in zip(head_parameters, grads, strict=False):
                     if grad is not None:
                         sums[parameter] = sums[parameter] + grad if parameter in sums else grad
-            for x, grad in zip(own, grads[len(head_parameters) :], strict=True):
-                feature_grads.append(torch.zeros_like(x) if grad is None or not outcome.finite else grad)
+            map_grads = [grad if outcome.finite else None for grad in grads[len(head_parameters) :]]
+            if map_grads[-1] is None:  # backward has to pass every layer, whatever the head reads
+                map_grads[-1] = torch.zeros_like(own[-1])
+            feature_grads += map_grads
         stored = feature_grads + [sums.get(p, torch.zeros_like(p)) for p in parameters]
         return _StoredGradients.apply(total, stored, loss_scale, *maps, *parameters), outcomes
 
@@ -91,6 +94,8 @@ class HeadBank(nn.Module):
         """Loss, outcome, and the scaled gradients of the head's parameters followed by those of the features."""
         seed, step, device = job.passing.key
         seed_global_generators(seed, FORWARD, step, device, HEAD_STREAM)
+        buffers = list(self.bank[job.task].buffers())
+        before = [buffer.clone() for buffer in buffers]
         leaves = [x.detach().requires_grad_() for x in maps]
         with torch.enable_grad():
             terms = self.bank[job.task].loss(leaves, job.batch.targets)  # type: ignore[operator]
@@ -102,21 +107,25 @@ class HeadBank(nn.Module):
         for grad in grads if loss_scale == 1.0 else ():
             if grad is not None:
                 finite = finite & torch.isfinite(grad).all()
-        return loss.detach(), DeviceLoss({k: float(v.detach()) for k, v in terms.items()}, bool(finite)), grads
+        outcome = DeviceLoss({k: float(v.detach()) for k, v in terms.items()}, bool(finite))
+        if not outcome.finite:  # running statistics must not keep what made it so
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+        return loss.detach(), outcome, grads
 
 
 class _StoredGradients(torch.autograd.Function):
     """A loss whose gradient with respect to its inputs is already known."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, stored: list[Tensor], loss_scale: float, *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, stored: list[Tensor | None], loss_scale: float, *inputs: Tensor) -> Tensor:
         ctx.stored, ctx.loss_scale = stored, loss_scale
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factor = grads[0] / ctx.loss_scale
-        return (None, None, None, *(stored * factor.to(stored.dtype) for stored in ctx.stored))
+        return (None, None, None, *(x if x is None else x * factor.to(x.dtype) for x in ctx.stored))
 
 
 def learns(name: str, patterns: Sequence[str]) -> bool:
@@ -149,6 +158,7 @@ class SimtModel(nn.Module):
         self.heads = HeadBank(heads, loss_weights)
         self.batch_norm = batch_norm or NormPolicy()
         self._partly_frozen = False
+        self._moe_layers = backbone.moe_layers()
 
     def freeze_all_but(self, patterns: Sequence[str]) -> None:
         """Only parameters whose names fit a pattern (with * and ?) learn from now on.
@@ -179,10 +189,19 @@ class SimtModel(nn.Module):
             _rest(self)
         return self
 
-    def forward(self, jobs: Sequence[Job], loss_scale: float = 1.0) -> tuple[Tensor, list[DeviceLoss]]:
-        """Runs this rank's devices through backbone and heads; see :meth:`HeadBank.forward`."""
+    def forward(self, jobs: Sequence[Job], loss_scale: float = 1.0) -> tuple[Tensor, list[DeviceLoss], Routing | None]:
+        """Runs this rank's devices through backbone and heads; see :meth:`HeadBank.forward`.
+
+        Where tokens choose experts, their losses are in the sum, and what all devices of all ranks chose comes along:
+        a collective call.
+        """
         features = self.backbone([job.passing for job in jobs], self.batch_norm)
-        return self.heads(jobs, loss_scale, *(x for maps in features for x in maps))
+        loss, outcomes = self.heads(jobs, loss_scale, *(x for maps in features for x in maps))
+        if not self._moe_layers:
+            return loss, outcomes, None
+        own = [(job.task, job.passing.statistics) for job, done in zip(jobs, outcomes, strict=True) if done.finite]
+        routing = routing_of(self._moe_layers, list(self.backbone.layout.tasks), own, self.backbone.config.moe)  # type: ignore[union-attr,arg-type]
+        return loss + routing.loss, outcomes, routing
 
     @torch.no_grad()
     def predict(self, task: str, batch: Batch, passing: Pass) -> list[Any]:

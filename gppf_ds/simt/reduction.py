@@ -6,7 +6,7 @@ these collectives may share a process group with those of cross-task batch norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,28 @@ from torch import Tensor, nn
 from gppf_ds.simt.averaging import scale_for_average
 from gppf_ds.simt.usage import Owner
 
-Part = Sequence[tuple[nn.Parameter, Owner]]
+Part = Mapping[Any, Sequence[tuple[nn.Parameter, Owner]]]
+"""By process group (None: all ranks), the parameters whose gradients are summed over it."""
 
 
-def split_into_parts(named: Sequence[tuple[str, nn.Parameter, Owner]], num_layers: int) -> list[list[Any]]:
+def split_into_parts(
+    named: Sequence[tuple[str, nn.Parameter, Owner]], num_layers: int, peers: Callable[[nn.Parameter], Any]
+) -> list[Part]:
     """The parameters of a :class:`gppf_ds.simt.model.SimtModel` in the order in which backward is done with them.
 
+    Args:
+        named: name, parameter and owner.
+        num_layers: of the backbone.
+        peers: the process group of the ranks that hold a parameter; None for all.
+
     Returns:
-        1 + num_layers lists of (parameter, owner): the heads, then the layers from last to first.
+        1 + num_layers parts: the heads, then the layers from last to first.
     """
-    parts: list[list[Any]] = [[] for _ in range(num_layers + 1)]
+    parts: list[dict[Any, list[Any]]] = [{} for _ in range(num_layers + 1)]
     for name, parameter, owner in named:
         layer = int(name.split(".")[2]) if name.startswith("backbone.layers.") else num_layers
-        parts[num_layers - layer].append((parameter, owner))
-    return parts
+        parts[num_layers - layer].setdefault(peers(parameter), []).append((parameter, owner))
+    return list(parts)
 
 
 class LayerwiseReduction:
@@ -71,8 +79,9 @@ class LayerwiseReduction:
     def _launch(self, end: int) -> None:
         assert self.counts is not None
         for part in self.parts[self._next : end]:
-            gradients = scale_for_average(part, self.counts, strict=self._strict)
-            if gradients and dist.get_world_size() > 1:
-                flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                self._flying.append((flat, gradients, dist.all_reduce(flat, async_op=True)))
+            for peers, parameters in part.items():
+                gradients = scale_for_average(parameters, self.counts, strict=self._strict)
+                if gradients and dist.get_world_size(peers) > 1:
+                    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+                    self._flying.append((flat, gradients, dist.all_reduce(flat, group=peers, async_op=True)))
         self._next = max(self._next, end)

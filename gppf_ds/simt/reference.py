@@ -5,7 +5,7 @@ GPPF section 3.2. Whatever the engine does with ranks, partitions and overlappin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import Pass
+from gppf_ds.backbone.moe.statistics import keep_running, losses, running_rows
 from gppf_ds.backbone.norm import Weighting
 from gppf_ds.config import RunConfig
 from gppf_ds.seeding import FORWARD, seed_global_generators
@@ -41,6 +42,7 @@ class Reference:
         self.controller = controller
         self.config = config
         self.dtype = AUTOCAST[precision]
+        model.backbone.detach_statistics(config.schedule.kind)
         self.optimizer = build_optimizer(model, config)
         self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
 
@@ -62,23 +64,25 @@ class Reference:
         self.controller.zero_grad()
         routes = [self._route(task, step, device) for device, task in enumerate(tasks)]
         terms: list[dict[str, float]] = []
-        valid: list[bool] = []
+        passed: list[Pass | None] = []
         span = len(tasks) // self.config.engine.accumulation
         for start in range(0, len(tasks), span):  # devices of one accumulation group share batch statistics
-            for named, finite in self._backward(step, range(start, start + span), tasks, batches, routes):
+            for named, one in self._backward(step, range(start, start + span), tasks, batches, routes):
                 terms.append(named)
-                valid.append(finite)
+                passed.append(one)
 
-        contributing = [(task, route.path) for task, route, finite in zip(tasks, routes, valid, strict=True) if finite]
+        contributing = [one for one in passed if one is not None]
+        choices = [(one.route.task, one.route.path, self._chosen(one)) for one in contributing]
         users = {
-            name: sum(uses(name, task, path) for task, path in contributing) if parameter.requires_grad else 0
+            name: sum(uses(name, *choice) for choice in choices) if parameter.requires_grad else 0
             for name, parameter in self.model.named_parameters()
         }
+        per_task = len(tasks) // len(set(tasks)) if self.config.schedule.kind == "accumulate" else None
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in trained:
-            parameter.grad = _task_average(parameter, users[name])
+            parameter.grad = _average(parameter, users[name], per_task)
         for task, row in self.controller.logits.items():
-            row.grad = _task_average(row, [name for name, _ in contributing].count(task))
+            row.grad = _average(row, sum(one.route.task == task for one in contributing), per_task)
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grad_norm_([p for _, p in trained], self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
@@ -89,30 +93,60 @@ class Reference:
 
     def _backward(
         self, step: int, devices: range, tasks: Sequence[str], batches: Sequence[Batch], routes: Sequence[Route]
-    ) -> list[tuple[dict[str, float], bool]]:
-        """Adds the gradients of these devices' weighted losses, and returns their loss terms and which are finite.
+    ) -> list[tuple[dict[str, float], Pass | None]]:
+        """Adds the gradients of these devices' weighted losses, and returns their loss terms and passes.
 
-        A device whose loss is not finite takes part in batch statistics and in nothing else.
+        A device whose loss is not finite takes part in batch statistics and in nothing else: it has no pass.
         """
         seed, backbone = self.config.seed, self.config.backbone
         rule = partial(batch_norm, weighting=backbone.norm_weighting, synchronise=backbone.norm_sync == "cross_task")
-        passes = [Pass(batches[d].images, routes[d], (seed, step, d)) for d in devices]
-        losses, outcomes = [], []
+        passes = [Pass(batches[d].images, routes[d], (seed, step, d), batches[d].sizes) for d in devices]
+        weighted: list[Tensor] = []
+        outcomes: list[tuple[dict[str, float], Pass | None]] = []
         with torch.autocast(passes[0].images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             features = self.model.backbone(passes, rule)
-            for device, maps in zip(devices, features, strict=True):
+            for device, one, maps in zip(devices, passes, features, strict=True):
                 seed_global_generators(seed, FORWARD, step, device, HEAD_STREAM)
                 named = self.model.heads.bank[tasks[device]].loss(maps, batches[device].targets)  # type: ignore[operator]
                 loss = torch.stack([term.float() for term in named.values()]).sum()
                 finite = bool(torch.isfinite(loss))
                 if finite:
-                    losses.append(loss * self.model.heads.loss_weights[tasks[device]])
-                else:
-                    routes[device].weights.register_hook(torch.zeros_like)
-                outcomes.append(({name: float(term.detach()) for name, term in named.items()}, finite))
-        if losses:
-            torch.stack(losses).sum().backward()
+                    weighted.append(loss * self.model.heads.loss_weights[tasks[device]])
+                elif one.route.weights.requires_grad:
+                    one.route.weights.register_hook(torch.zeros_like)
+                outcomes.append(({name: float(term.detach()) for name, term in named.items()}, one if finite else None))
+        weighted.append(self._routing_loss([one for _, one in outcomes if one is not None]))
+        total = torch.stack(weighted).sum()
+        if total.requires_grad:
+            total.backward()
         return outcomes
+
+    def _chosen(self, one: Pass) -> set[tuple[str, str]]:
+        """The experts that got tokens of this device."""
+        layout = self.model.backbone.layout
+        return {
+            (layer, str(expert))
+            for layer, (_, selected, _) in one.statistics.items()
+            for expert, count in zip(layout.experts[layer] if layout else (), selected, strict=True)
+            if count > 0
+        }
+
+    def _routing_loss(self, passes: Sequence[Pass]) -> Tensor:
+        """The losses on what tokens choose, each task's as often as devices run it: the average divides by that."""
+        total = torch.zeros((), device=next(self.model.parameters()).device)
+        layout, config = self.model.backbone.layout, self.model.backbone.config.moe
+        if layout is None or config is None:
+            return total
+        tasks = list(layout.tasks)
+        for name, layer in self.model.backbone.moe_layers().items():
+            rows = []
+            for task in tasks:
+                own = [one.statistics[name] for one in passes if one.route.task == task]
+                row = torch.stack(own).sum(0) if own else total.new_zeros(3, layer.count)
+                rows.append(row.detach() + len(own) * (row - row.detach()))
+            total = total + losses(torch.stack(rows), running_rows(layer, tasks), config)
+            keep_running(layer, tasks, torch.stack(rows), config.momentum)
+        return total
 
     def _route(self, task: str, step: int, device: int) -> Route:
         if self.controller.frozen:
@@ -182,18 +216,29 @@ def _column(values: Tensor) -> Tensor:
     return values.view(1, -1, 1, 1)
 
 
-def uses(name: str, task: str, path: tuple[int, ...] | None) -> bool:
-    """Whether a device with this task and path (None: soft, all units) uses the parameter of this name."""
+def uses(name: str, task: str, path: tuple[int, ...] | None, chosen: Collection[tuple[str, str]] = ()) -> bool:
+    """Whether a device with this task, path (None: soft, all units) and chosen experts uses the parameter of this name.
+
+    ``chosen`` are (MoE layer, expert) that got tokens.
+    """
     parts = name.split(".")
     if parts[0] == "heads":  # heads.bank.<task>
         return parts[2] == task
+    if "routers" in parts or "task_embeddings" in parts:  # ....routers.<task>.weight, ....task_embeddings.<task>
+        return task in parts
+    if "experts" in parts:  # backbone.layers.<layer>.units.0.block.<part>.experts.<expert>
+        place = parts.index("experts")
+        return (f"{parts[2]}.{parts[place - 1]}", parts[place + 1]) in chosen
     if "units" in parts and path is not None:  # backbone.layers.<layer>.units.<unit>
         return path[int(parts[2])] == int(parts[4])
     return True
 
 
-def _task_average(parameter: nn.Parameter, users: int) -> Tensor | None:
-    """The sum of the users' gradients, divided by how many they are; None where there is none."""
+def _average(parameter: nn.Parameter, users: int, per_task: int | None) -> Tensor | None:
+    """The sum of the users' gradients, divided by how many they are; None where there is none.
+
+    With schedule.kind accumulate, divided by the devices that run one task: the gradient of the sum of tasks' means.
+    """
     if users == 0:
         return None
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / users
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / (per_task or users)

@@ -25,6 +25,7 @@ from gppf_ds.tasks.task import (
     ProbeSamples,
     Split,
     Task,
+    evenly,
 )
 
 TOP_K = 5
@@ -164,6 +165,11 @@ class Classification(Task):
         if self.source is not None:
             return open_split(self.source, self.data, split, transform)
         return open_folders(self.data, split, transform)
+
+    def image_files(self, split: Split, count: int) -> list[Path]:
+        """See :meth:`Task.image_files`; none of a CIFAR, whose images lie in one file."""
+        entries = getattr(self._images(split), "entries", [])
+        return [entries[index][0] for index in evenly(len(entries), count)]
 
     def sample(self, image: Path) -> tuple[Tensor, int]:
         """The image as in ``val``; -1 stands for the label."""

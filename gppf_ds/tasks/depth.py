@@ -14,7 +14,17 @@ from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.bts import BTSDecoder
 from gppf_ds.tasks.depth_metric import DepthMetric, DepthTargets
 from gppf_ds.tasks.probe import of_depth
-from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, ProbeSamples, Split, Task
+from gppf_ds.tasks.task import (
+    Batch,
+    Dataset,
+    FeatureInfo,
+    Head,
+    InputNormalisation,
+    ProbeSamples,
+    Split,
+    Task,
+    evenly,
+)
 
 SIZE_MULTIPLE = 32
 """Sides of the network's input are multiples of the backbone's coarsest stride."""
@@ -147,6 +157,11 @@ class Depth(Task):
         augment = self._augment if split == "train" else None
         return DepthDataset(self._pairs(split), self.depth_scale, self.kb_crop, augment)
 
+    def image_files(self, split: Split, count: int) -> list[Path]:
+        """See :meth:`Task.image_files`."""
+        pairs = self._pairs(split)
+        return [pairs[index][0] for index in evenly(len(pairs), count)]
+
     def sample(self, image: Path) -> tuple[Tensor, Tensor]:
         """The image as in ``val``, without a measured pixel."""
         pixels = bottom_crop(_read_image(image), self.kb_crop, image)
@@ -200,7 +215,10 @@ class Depth(Task):
         mirrored = self.flip_test and not training
         if mirrored:
             images = torch.cat([images, images.flip(-1)])
-        return Batch(images, DepthTargets(batch["depth"].to(device, non_blocking=True), batch["sizes"], mirrored))
+        sizes = None if mirrored else torch.tensor(batch["sizes"], device=device)
+        targets = DepthTargets(batch["depth"].to(device, non_blocking=True), batch["sizes"], mirrored)
+        # A mirrored image is padded at the left: it counts as whole.
+        return Batch(images, targets, sizes)
 
     def input_normalisation(self) -> InputNormalisation:
         """ImageNet's mean and standard deviation."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.openmm import Library, leaf_dataset, leaf_datasets, load_config, scope, walk
 from gppf_ds.tasks.openmm_index import build_dataset
-from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, Split, Task
+from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, Split, Task, evenly
 
 
 class ReadGuard:
@@ -252,6 +252,12 @@ class OpenMMTask(Task):
         """What the data set of a split is built from; runs in :func:`scope`."""
         return dict(self.cfg[f"{split}_dataloader"].dataset.to_dict())
 
+    def image_files(self, split: Split, count: int) -> list[Path]:
+        """See :meth:`Task.image_files`."""
+        with scope(self.library):
+            inner = build_dataset(self._data_config(split))
+            return [Path(inner.get_data_info(index)["img_path"]) for index in evenly(len(inner), count)]
+
     def sample(self, image: Path) -> Any:
         """The image through the val pipeline, less the transforms that read or check the ground truth."""
         steps = leaf_dataset(self.cfg.val_dataloader.dataset).pipeline
@@ -271,7 +277,8 @@ class OpenMMTask(Task):
     def preprocess(self, batch: Any, device: torch.device, training: bool) -> Batch:
         """The configuration's data preprocessor on the device: normalise, pad; the targets are its data samples."""
         done = self.preprocessor(device)(batch, training)
-        return Batch(done["inputs"], done["data_samples"])
+        sizes = torch.tensor([sample.img_shape[:2] for sample in done["data_samples"]], device=device)
+        return Batch(done["inputs"], done["data_samples"], sizes)
 
     def input_normalisation(self) -> InputNormalisation:
         """That of the configuration's data preprocessor; images are read as BGR."""

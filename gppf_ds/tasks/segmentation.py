@@ -247,12 +247,13 @@ class Segmentation(OpenMMTask):
         if windows:
             stacked = [stack_batch([single.images[0]], size=windows.size) for single in done]
             images = torch.cat([windows.cut(image) for [image], _ in stacked])
-            padding = [padded for _, [padded] in stacked]
+            padding, sizes = [padded for _, [padded] in stacked], None
         else:
             images, padding = stack_batch([single.images[0] for single in done], size_divisor=_DIVISOR)
+            sizes = torch.tensor([single.images.shape[-2:] for single in done], device=device)
         for sample, padded in zip(samples, padding, strict=True):
             sample.set_metainfo(padded)
-        return Batch(images, samples)
+        return Batch(images, samples, sizes)
 
     def build_head(self, features: FeatureInfo) -> SegmentationHead:
         """The segmentor without its backbone; raises :class:`UserError` if it cannot take these maps."""

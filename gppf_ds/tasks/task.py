@@ -36,6 +36,9 @@ class Batch:
     images: Tensor
     """(B, 3, H, W), normalised, on the device."""
     targets: Any
+    sizes: Tensor | None = None
+    """(B, 2), heights and widths of the images before they were padded at the right and at the bottom, on the device;
+    None where none was. Tokens of padding choose no experts (:mod:`gppf_ds.backbone.moe`)."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,12 @@ class PlainPath:
     """For maps that no library's backbone gives; whoever loads such an export needs this package."""
 
 
+def evenly(length: int, count: int) -> list[int]:
+    """Indices of at most ``count`` of ``length`` things, spread evenly over them."""
+    count = min(length, count)
+    return [(2 * index + 1) * length // (2 * count) for index in range(count)]
+
+
 class Task(ABC):
     """A named triple (data, head, loss) with its sampling weight, batch size and metric (GPPF section 3.2).
 
@@ -223,6 +232,13 @@ class Task(ABC):
         None: an export says nothing about it.
         """
         return None
+
+    def image_files(self, split: Split, count: int) -> list[Path]:
+        """Image files of a split, at most ``count``, spread evenly over it; optional, for pictures in reports.
+
+        None where the images are no files of their own.
+        """
+        return []
 
     def sample(self, image: Path) -> Any:
         """One image file, read as the val data set reads its own, for :meth:`collate` and all that follows. Optional.

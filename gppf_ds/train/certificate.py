@@ -106,7 +106,8 @@ def _hashes_of_outputs(trained: Trained, tasks: Sequence[str], probe: Path) -> d
             images = batch.images
         except (UserError, SampleError):
             batch, images = None, torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        [maps] = trained.model.backbone([Pass(images, route)], trained.model.batch_norm)
+        passing = Pass(images, route, sizes=None if batch is None else batch.sizes)
+        [maps] = trained.model.backbone([passing], trained.model.batch_norm)
         predictions = [] if batch is None else head.predict(maps, batch.targets)  # type: ignore[operator]
         hashes[name] = _hash([maps, predictions])
     torch.set_num_threads(threads)

@@ -9,22 +9,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from gppf_ds.backbone.moe.layout import Layout
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
+from gppf_ds.train.capacity import Trial
 from gppf_ds.train.provenance import Provenance
 
 FORMAT = 1
@@ -50,47 +48,12 @@ class TrainState:
     """The units that every lego layer still holds; None for all."""
     paths_fixed: bool = False
     """Whether every device takes its task's path, and the controllers stay as they are."""
+    layout: Layout | None = None
+    """Of token-level experts, where the backbone has them."""
+    trials: dict[str, Trial] = field(default_factory=dict)
+    """By task, what the search for its number of experts remembers; the number itself is in the layout."""
     provenance: Provenance = field(default_factory=Provenance)
     """What trained each part of the network."""
-
-
-def save(folder: Path, state: TrainState, fragments: Iterable[Fragment], shared: dict[str, Tensor], keep: int) -> Path:
-    """Writes ``folder/step-N``; a collective call.
-
-    Args:
-        folder: of all checkpoints of the run.
-        state: step and cursors.
-        fragments: what this rank owns.
-        shared: tensors that every rank holds alike (buffers, controllers); rank 0 writes them.
-        keep: how many checkpoints to leave in the folder.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    final = folder / f"step-{state.step:08d}"
-    building = folder / f".{final.name}.incomplete"
-    if rank == 0:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-    dist.barrier()
-    entries = {}
-    name = f"rank-{rank:05d}.safetensors"
-    fragments = list(fragments)
-    slices = {_key(f, kind): tensor for f in fragments for kind, tensor in _slices(f)}
-    entries[name] = _write(building / name, slices, {f.name: json.dumps(f.shape) for f in fragments})
-    if rank == 0:
-        entries["shared.safetensors"] = _write(building / "shared.safetensors", shared)
-        (building / "state.json").write_text(json.dumps({"format": FORMAT, **asdict(state)}, indent=1))
-        entries["state.json"] = _describe(building / "state.json")
-    gathered: list[Any] = [None] * world_size
-    dist.all_gather_object(gathered, entries)
-    if rank == 0:
-        files = {name: entry for part in gathered for name, entry in part.items()}
-        _write_synced(building / "manifest.json", json.dumps({"format": FORMAT, "files": files}, indent=1))
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(building, final)
-        for old in complete(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
 
 
 def complete(folder: Path) -> list[Path]:
@@ -103,6 +66,13 @@ def number_of_layers(path: Path) -> int:
     with safe_open(path / "shared.safetensors", "pt") as tensors:
         row = next(key for key in tensors.keys() if key.startswith(CONTROLLER))  # noqa: SIM118 (not a mapping)
         return int(tensors.get_slice(row).get_shape()[0])
+
+
+def layout_of(path: Path) -> Layout:
+    """The layout of the token-level experts of a checkpoint whose network has them; nothing is verified."""
+    layout = Layout.read(json.loads((path / "state.json").read_text())["layout"])
+    assert layout is not None
+    return layout
 
 
 class CheckpointReader:
@@ -161,7 +131,7 @@ class CheckpointReader:
                 f"{self.path} is no complete checkpoint: choose another (its manifest: {error})."
             ) from error
         for name in sorted({*files, "shared.safetensors", "state.json"}):
-            if not (self.path / name).is_file() or _describe(self.path / name) != files.get(name):
+            if not (self.path / name).is_file() or describe(self.path / name) != files.get(name):
                 raise UserError(
                     f"{self.path / name} is missing or is not the file that was saved: use another checkpoint."
                 )
@@ -171,36 +141,20 @@ class CheckpointReader:
         values = json.loads((self.path / "state.json").read_text())
         if values.pop("format") != FORMAT:
             raise UserError(f"{self.path} was written by another version of gppf_ds: resume it with that version.")
-        return TrainState(**values | {"provenance": Provenance.read(values.get("provenance"))})
+        trials = {task: Trial(**own) for task, own in values.pop("trials", {}).items()}
+        known = {"provenance": Provenance.read(values.get("provenance")), "layout": Layout.read(values.get("layout"))}
+        return TrainState(**values | known, trials=trials)
 
 
-def _slices(fragment: Fragment) -> Iterable[tuple[str, Tensor]]:
+def slices_of(fragment: Fragment) -> Iterable[tuple[str, Tensor]]:
+    """The tensors of a fragment with their kinds, flat; numbers stay numbers."""
     yield MASTER, fragment.master
     for kind, value in fragment.state.items():
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         yield kind, tensor.detach().reshape(-1) if tensor.dim() else tensor
 
 
-def _key(fragment: Fragment, kind: str) -> str:
-    return f"{fragment.name}@{fragment.start}@{kind}"
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    # safetensors 0.8 writes a broken header for no tensors with an empty metadata mapping.
-    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-    save_file(whole, path, metadata or None)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _describe(path)
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, as the manifest has them."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 from gppf_ds.errors import UserError
@@ -13,7 +15,7 @@ from gppf_ds.train.inherit import resolve
 
 def train(arguments: list[str]) -> int:
     """Trains a recipe, or resumes it from the last checkpoint in its output folder."""
-    return _train(recipe.read(arguments), "--smoke" in arguments)
+    return _start("train", arguments)
 
 
 def finetune(arguments: list[str]) -> int:
@@ -22,10 +24,26 @@ def finetune(arguments: list[str]) -> int:
     As gppf-ds train with a section finetune, in the recipe or on the line:
     --finetune.source RUN --finetune.mode dynamic.
     """
-    run = recipe.read(arguments, "gppf-ds finetune")
-    if run.config.finetune.source is None:
+    return _start("finetune", arguments)
+
+
+def _start(command: str, arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--restarts", type=int)
+    parser.add_argument("--launch", default=f"{shlex.quote(sys.executable)} -m gppf_ds")
+    options, rest = parser.parse_known_args(arguments)
+    run = recipe.read(rest, f"gppf-ds {command}")
+    if command == "finetune" and run.config.finetune.source is None:
         raise UserError("finetune.source is missing: name the folder of a finished run.")
-    return _train(run, "--smoke" in arguments)
+    if options.restarts is None:
+        return _train(run, "--smoke" in rest)
+    if "--smoke" in rest:
+        raise UserError("--restarts is of no use to a smoke run of two steps: leave one of the two out.")
+    recipe.check(run)
+
+    from gppf_ds.train.restarts import supervise
+
+    return supervise([command, *rest], options.restarts, options.launch, Path(run.config.output))
 
 
 def _train(run: recipe.Recipe, smoke: bool) -> int:
@@ -41,7 +59,7 @@ def _train(run: recipe.Recipe, smoke: bool) -> int:
     from gppf_ds.simt.agreement import agree
     from gppf_ds.simt.job import start_distributed
     from gppf_ds.train import certificate
-    from gppf_ds.train.record import fingerprint, write_record
+    from gppf_ds.train.record import fingerprint, write_record, write_state
     from gppf_ds.train.trainer import Trainer
 
     config = run.config
@@ -61,8 +79,11 @@ def _train(run: recipe.Recipe, smoke: bool) -> int:
         trainer = Trainer(config, run.tasks, device)
         # Not before the trainer has accepted the folder: another recipe's run must keep its record.
         if dist.get_rank() == 0:
-            write_record(folder, run.text, config.seed)
+            write_record(folder, run.text, config.seed, trainer.state.step, dist.get_world_size())
+            write_state(folder, "running")
         trainer.fit()
+        if dist.get_rank() == 0:
+            write_state(folder, "finished" if trainer.state.step == config.steps else "stopped")
     except BaseException as error:
         faults.fail(error, folder)
     dist.destroy_process_group()

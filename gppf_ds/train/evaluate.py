@@ -64,7 +64,7 @@ def evaluate(
         metric = task.metric()
         for data in _batches(task, name, loader):
             batch = task.preprocess(data, device, training=False)
-            predictions = model.predict(name, batch, Pass(batch.images, route))
+            predictions = model.predict(name, batch, Pass(batch.images, route, sizes=batch.sizes))
             metric.update(predictions, batch.targets)
         states: list[Any] = [None] * _world_size()
         if _world_size() > 1:

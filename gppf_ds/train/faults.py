@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 from gppf_ds.errors import UserError
+from gppf_ds.train import record
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""Errors of a disk that is written; others may come from a file that is read."""
 
 
 def first_of_launch(topic: str) -> bool:
@@ -47,21 +54,55 @@ def fail(error: BaseException, folder: Path | None = None) -> None:
         error: the cause.
         folder: of the run; None for a command that writes nothing.
     """
+    error = _of_the_folder(error, folder) or error
+    code = 2 if isinstance(error, UserError) else 1
+    try:
+        _report(error, folder)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # where the log's own disk is full, too
+        os._exit(code)
+
+
+def _report(error: BaseException, folder: Path | None) -> None:
     rank = os.environ.get("RANK", "0")
     if isinstance(error, UserError):
         text = f"error: {error}"
     else:
         text = f"rank {rank} failed:\n" + "".join(traceback.format_exception(error))
+        if "by peer" in str(error):  # as gloo and NCCL say it
+            text += (
+                "The rank at the other end has ended without a word: it was killed, memory ran out, or its machine is "
+                "gone. The launcher's lines tell its exit code, the system's log who killed it."
+            )
     first = first_of_launch("fault")
     if folder is not None:
         first = first and _first(folder / "cause.txt", text)
     if first:
+        if folder is not None and record.read_state(folder).get("state") in ("starting", "running"):
+            record.write_state(folder, "failed")
+            with suppress(OSError):
+                record.decide(folder, None, "failure", str(error) or type(error).__name__)
         print(text, file=sys.stderr)
     elif not isinstance(error, UserError):  # which all ranks have to say alike
         print(f"rank {rank} stops because another rank failed", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(2 if isinstance(error, UserError) else 1)
+
+
+def recorded(folder: Path) -> bool:
+    """Whether a rank of this launch, on any machine, has failed and left its cause."""
+    try:
+        return (folder / "cause.txt").read_text().startswith(_launch() + "\n")
+    except OSError:
+        return False
+
+
+def leave(folder: Path, sentence: str) -> NoReturn:
+    """Ends this rank, healthy or hung, after another one has failed; the sentence is added to the cause."""
+    print(sentence, file=sys.stderr, flush=True)
+    if recorded(folder):
+        with suppress(OSError), (folder / "cause.txt").open("a") as file:
+            file.write(f"{sentence}\n")
+    os._exit(1)
 
 
 def forget(folder: Path) -> None:
@@ -70,13 +111,26 @@ def forget(folder: Path) -> None:
 
 
 def _launch() -> str:
-    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}" + f"#{attempt}" * (attempt != "0")
+
+
+def _of_the_folder(error: BaseException, folder: Path | None) -> UserError | None:
+    """The sentence for a disk that is full, or a run folder that cannot be written."""
+    if folder is None or not isinstance(error, OSError) or error.errno is None:
+        return None
+    if error.errno not in _NO_ROOM and not str(error.filename).startswith(str(folder)):
+        return None
+    return UserError(
+        f"{error.filename or folder} cannot be written ({os.strerror(error.errno)}); complete checkpoints stay as they "
+        "are: make room or make the folder writable, then start again to go on from the last one."
+    )
 
 
 def _first(cause: Path, text: str) -> bool:
     """Whether this rank is the first of its launch, on all machines, to fail; records the cause if so."""
     try:
-        if cause.exists() and cause.read_text().startswith(_launch() + "\n"):
+        if recorded(cause.parent):
             return False
         cause.parent.mkdir(parents=True, exist_ok=True)
         pending = cause.with_name(f"cause.{os.getpid()}")

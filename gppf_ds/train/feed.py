@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from gppf_ds.backbone.lego import Pass
@@ -15,6 +16,7 @@ from gppf_ds.simt.model import Job
 from gppf_ds.simt.sampler import Sampler
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Batch, Task
+from gppf_ds.train.held_out import split_off
 
 
 class Feed:
@@ -26,19 +28,34 @@ class Feed:
 
     Attributes:
         sizes: of the training sets, by task.
+        held_out: batches that training never sees, by task; none without ``backbone.moe.adaptive``.
     """
 
     def __init__(self, config: RunConfig, tasks: Mapping[str, Task]) -> None:
         self.config = config
         self.task_by_name = dict(tasks)
         self.readers = {name: TaskReader(task.dataset("train"), task.collate) for name, task in tasks.items()}
+        self.held_out: dict[str, TaskReader] = {}
+        if config.backbone.moe is not None and config.backbone.moe.adaptive is not None:
+            self._hold_out(config.backbone.moe.adaptive.images)
         self.sizes = {name: len(reader.dataset) for name, reader in self.readers.items()}
-        self.schedule = Schedule.from_weights({n: t.weight for n, t in tasks.items()}, config.schedule, config.seed)
+        weights = {name: task.weight for name, task in tasks.items()}
+        engine = config.engine
+        self.schedule = Schedule.from_weights(
+            weights, config.schedule, config.seed, engine.devices_per_rank, engine.accumulation
+        )
         self.sampler = Sampler(self.schedule, list(self.sizes.values()), [task.batch_size for task in tasks.values()])
+
+    def _hold_out(self, images: int) -> None:
+        for name, task in self.task_by_name.items():
+            learnt, held = split_off(self.readers[name].dataset, images, task.batch_size, self.config.seed, name)
+            self.readers[name] = TaskReader(learnt, task.collate)
+            self.held_out[name] = TaskReader(held, task.collate)
 
     def tasks(self, step: int, num_devices: int) -> list[str]:
         """The task of every device."""
-        return [self.schedule.tasks[t] for t in self.schedule(step, num_devices)]
+        names: list[str] = np.array(self.schedule.tasks, dtype=object)[self.schedule(step, num_devices)].tolist()
+        return names
 
     def batches(
         self, start: int, stop: int, cursors: Mapping[str, int], devices: Sequence[int], num_devices: int
@@ -60,4 +77,4 @@ class Feed:
         batch = self.prepare(loaded, engine.device)
         route = engine.route(request.task, request.step, request.device)
         key = (self.config.seed, request.step, request.device)
-        return Job(request.device, request.task, batch, Pass(batch.images, route, key))
+        return Job(request.device, request.task, batch, Pass(batch.images, route, key, batch.sizes))

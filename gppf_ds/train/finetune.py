@@ -15,9 +15,10 @@ from gppf_ds.errors import UserError
 from gppf_ds.train import checkpoint
 from gppf_ds.train.checkpoint import CONTROLLER, CheckpointReader
 from gppf_ds.train.inherit import Content
+from gppf_ds.train.moe_plan import settle_plan
 
 _DECIDED = ("name", "options", "units", "unit_blocks")
-"""Keys of ``backbone`` that the source decides."""
+"""Keys of ``backbone`` that the source decides; of ``moe`` see :mod:`gppf_ds.train.moe_plan`."""
 
 
 def settle(content: Content, smoke: bool = False) -> Content:
@@ -43,6 +44,11 @@ def settle(content: Content, smoke: bool = False) -> Content:
     options = {**source["backbone"]["options"], **own.get("options", {})}
     decided = {key: source["backbone"][key] for key in _DECIDED} | {"options": options, "pretrained": None}
     settled = {**content, "backbone": {**own, **decided}}
+    if source["backbone"].get("moe") is not None:
+        layout = checkpoint.layout_of(_newest(Path(section["source"])))
+        return settle_plan(settled, source, layout)
+    if section.get("plan") or section.get("routers"):
+        raise UserError("finetune.plan and finetune.routers are for token-level experts, which the source has not.")
     return _grown(settled, section, source) if section.get("mode") == "grow" else settled
 
 

@@ -33,7 +33,8 @@ def resolve(files: Sequence[Path]) -> Resolved:
     """What the files say together; each is laid over those before it, and over what it inherits.
 
     ``inherit`` is a path relative to the file. Mappings merge key by key, also inside ``tasks``; everything else, lists
-    too, is replaced. A task set to null is removed. Where ``class_path`` changes, the old ``init_args`` go.
+    too, is replaced. A task set to null is removed. Where ``class_path`` changes, the old ``init_args`` go; where the
+    backbone's ``name`` changes, its old ``options``.
 
     Raises:
         UserError: a file cannot be read, inherits itself or removes a task that is not there.
@@ -91,6 +92,8 @@ def _merge(base: Any, own: Any) -> Any:
         return own
     if "class_path" in own and own["class_path"] != base.get("class_path"):
         return own
+    if own.get("name", base.get("name")) != base.get("name"):  # another backbone: options are of one
+        base = {key: value for key, value in base.items() if key != "options"}
     return base | {key: _merge(base.get(key), value) for key, value in own.items()}
 
 

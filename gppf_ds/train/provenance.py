@@ -1,8 +1,8 @@
 """Provenance: which task of which run, on which data and under which licence, trained each part of a network.
 
-A part is what :func:`gppf_ds.simt.usage.owner_of` tells apart: a unit of a lego layer, or the head of a task. The
-counters follow from the schedule, the routes and the valid devices, which every rank knows, so that all ranks count the
-same without communication.
+A part is what :func:`gppf_ds.simt.usage.owner_of` tells apart: a unit of a lego layer, a token-level expert, or the
+head of a task. The counters follow from the schedule, the routes, the valid devices and the experts' users, which every
+rank knows, so that all ranks count the same without communication.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from gppf_ds.config import RunConfig
 from gppf_ds.data.catalogue import SOURCES
-from gppf_ds.simt.usage import Owner
+from gppf_ds.simt.usage import ExpertUsers, Owner
 from gppf_ds.tasks.task import Task
 
 
@@ -77,7 +77,14 @@ class Provenance:
             if latest is None or replace(latest, steps={}) != opened:
                 self.own.append(opened)
 
-    def add(self, tasks: Sequence[str], paths: np.ndarray | None, valid: np.ndarray, learning: Iterable[Owner]) -> None:
+    def add(
+        self,
+        tasks: Sequence[str],
+        paths: np.ndarray | None,
+        valid: np.ndarray,
+        learning: Iterable[Owner],
+        experts: ExpertUsers | None = None,
+    ) -> None:
         """Counts an optimizer step that was not skipped.
 
         Args:
@@ -85,6 +92,7 @@ class Provenance:
             paths: the unit of every layer, (devices, layers), int; None where devices run all units (soft routing).
             valid: which devices contributed, (devices,), bool.
             learning: the parts that have a parameter that learns, each once.
+            experts: how many devices of each task sent tokens to each expert.
         """
         latest, parts = self._latest(), list(learning)
         chosen = [None] * len(tasks) if paths is None else [tuple(path) for path in paths.tolist()]
@@ -95,6 +103,10 @@ class Provenance:
             for part in parts:
                 if _uses(part, task, path):
                     steps[part_name(part)] = steps.get(part_name(part), 0) + batches
+        for part, users in (experts or {}).items():
+            for task, batches in users.items() if part in parts else ():
+                steps = latest[task].steps
+                steps[part_name(part)] = steps.get(part_name(part), 0) + batches
 
     def restricted(self, parts: Collection[Owner]) -> Provenance:
         """The records of a network that has only these parts."""
@@ -126,7 +138,7 @@ class Provenance:
 
 
 def part_name(part: Owner) -> str:
-    """``unit.LAYER.UNIT`` or ``task.NAME``: a part as a key of JSON."""
+    """``unit.LAYER.UNIT``, ``expert.LAYER.PART.EXPERT`` or ``task.NAME``: a part as a key of JSON."""
     return ".".join(part)
 
 
@@ -162,6 +174,8 @@ def _uses(part: Owner, task: str, path: tuple[int, ...] | None) -> bool:
             return name == task
         case ("unit", layer, unit):
             return path is None or path[int(layer)] == int(unit)
+        case ("expert", *_):  # counted by its tokens
+            return False
         case _:
             return True
 

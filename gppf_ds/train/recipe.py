@@ -12,13 +12,14 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 from torch import nn
 
-from gppf_ds.config import FinetuneConfig, RunConfig
+from gppf_ds.config import FinetuneConfig, MoePlan, RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Task
 from gppf_ds.train.finetune import settle
 from gppf_ds.train.inherit import resolve
+from gppf_ds.train.moe_plan import as_mapping
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -28,6 +29,8 @@ RESERVED = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
 SMOKE_DATA = "smoke-data"
 """Folder of a smoke run's data, inside the run's own; what is in it is named after the sources."""
 SMOKE_HELP = "two steps on tiny imitations of the data, in a folder of its own beside the output: does the recipe work?"
+RESTARTS_HELP = "launch the run, and again from its last checkpoint when it fails: so often without a new checkpoint"
+LAUNCH_HELP = "with --restarts: what starts gppf-ds on every rank: 'deepspeed --module gppf_ds' (default: one process)"
 
 
 @dataclass
@@ -54,6 +57,8 @@ def parser(program: str = "gppf-ds train") -> ArgumentParser:
     made.add_argument("--config", action=ActionConfigFile, help="a recipe (YAML); it may inherit another one")
     if program in ("gppf-ds train", "gppf-ds finetune"):
         made.add_argument("--smoke", action="store_true", help=SMOKE_HELP)
+        made.add_argument("--restarts", type=int, help=RESTARTS_HELP)
+        made.add_argument("--launch", help=LAUNCH_HELP)
     made.add_class_arguments(RunConfig, None)
     made.add_argument(
         "--tasks", type=dict[str, Task], required=True, help="the tasks by name, each with class_path and init_args"
@@ -89,10 +94,18 @@ def _with_finetune(content: dict[str, Any], arguments: list[str]) -> tuple[dict[
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in (field.name for field in fields(FinetuneConfig)):
         flags.add_argument(f"--finetune.{name}", dest=name, type=yaml.safe_load, default=argparse.SUPPRESS)
-    given, rest = flags.parse_known_args(arguments)
-    if not vars(given):
+    for name in (field.name for field in fields(MoePlan)):
+        flags.add_argument(
+            f"--finetune.plan.{name}", dest=f"plan.{name}", type=yaml.safe_load, default=argparse.SUPPRESS
+        )
+    found, rest = flags.parse_known_args(arguments)
+    given = vars(found)
+    if not given:
         return content, arguments
-    return {**content, "finetune": {**(content.get("finetune") or {}), **vars(given)}}, rest
+    section = {**(content.get("finetune") or {}), **{key: value for key, value in given.items() if "." not in key}}
+    if own := {key.removeprefix("plan."): value for key, value in given.items() if "." in key}:
+        section["plan"] = {**as_mapping(section.get("plan")), **own}
+    return {**content, "finetune": section}, rest
 
 
 def from_content(content: dict[str, Any], overrides: Sequence[str] = (), program: str = "gppf-ds train") -> Recipe:
@@ -113,7 +126,7 @@ def from_content(content: dict[str, Any], overrides: Sequence[str] = (), program
     except UserError:
         _judge_tasks_one_by_one(content.get("tasks"))
         raise
-    parsed = Namespace(**{k: v for k, v in parsed.items() if k not in ("config", "smoke")})
+    parsed = Namespace(**{k: v for k, v in parsed.items() if k not in ("config", "smoke", "restarts", "launch")})
     settings = made.instantiate(Namespace(**{k: v for k, v in parsed.items() if k != "tasks"}))
     tasks: dict[str, Task] = {}
     for name, specification in parsed.tasks.items():
@@ -172,7 +185,10 @@ def check(recipe: Recipe) -> None:
     tasks = recipe.config.trained(recipe.tasks)
     if not tasks:
         raise UserError("frozen_tasks leaves no task to train: take one out.")
-    Schedule.from_weights({n: t.weight for n, t in tasks.items()}, recipe.config.schedule, recipe.config.seed)
+    weights, engine = {name: task.weight for name, task in tasks.items()}, recipe.config.engine
+    Schedule.from_weights(
+        weights, recipe.config.schedule, recipe.config.seed, engine.devices_per_rank, engine.accumulation
+    )
     deepspeed_config(recipe.config, "fp32")
     source = recipe.config.backbone.pretrained
     if source is not None and source.partition(":")[0] != "timm" and not Path(source).is_file():

@@ -1,22 +1,29 @@
-"""The run's own record: what ran, with what, from which command."""
+"""The run's own record: what ran, with what, from which command, how far it is, and what was decided on the way."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
 import gppf_ds
+from gppf_ds.train import history
 
+STATE, DECISIONS, LAUNCHES = "status.json", "decisions.jsonl", "launches.jsonl"
+State = Literal["starting", "running", "finished", "stopped", "failed"]
+_ENVIRONMENT = ("CUDA_", "DS_", "GLOO_", "MASTER_", "MKL_", "NCCL_", "OMP_", "PYTHON", "SLURM_JOB_", "TORCH", "WORLD_")
+"""Beginnings of the names of variables that numbers or speed may depend on; none of them holds a secret."""
 _OF_A_MACHINE = ("metrics_address", "metrics_port")
 """Keys of a recipe that may differ from machine to machine."""
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "onedl-mmdetection", "onedl-mmsegmentation", "numpy")
@@ -52,12 +59,26 @@ def _flatten(prefix: str, value: Any) -> Iterator[tuple[str, str]]:
         yield from _flatten(f"{prefix}.{key}".lstrip("."), inner)
 
 
-def write_record(folder: Path, config: str, seed: int) -> None:
-    """Writes ``config.yaml`` (the resolved configuration) and appends this launch to ``launches.jsonl``."""
+def write_record(folder: Path, config: str, seed: int, step: int = 0, ranks: int = 1) -> None:
+    """Writes ``config.yaml`` (the resolved configuration), and what this launch is and changes.
+
+    Args:
+        folder: of the run.
+        config: the resolved recipe as YAML.
+        seed: of the run.
+        step: optimizer steps done.
+        ranks: of this launch.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config)
+    if step:
+        decide(folder, step, "resume", f"on {ranks} ranks, host {socket.gethostname()}")
+        for change in _changes(folder / "config.yaml", config):
+            decide(folder, step, "setting", change)
+    pending = folder / "config.yaml.tmp"
+    pending.write_text(config)
+    pending.replace(folder / "config.yaml")
     launch = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "time": _now(),
         "command": sys.argv,
         "host": socket.gethostname(),
         "python": platform.python_version(),
@@ -65,9 +86,58 @@ def write_record(folder: Path, config: str, seed: int) -> None:
         "versions": versions(),
         "git": _git_state(),
         "seed": seed,
+        "step": step,
+        "ranks": ranks,
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(_ENVIRONMENT)},
     }
-    with (folder / "launches.jsonl").open("a") as file:
-        file.write(json.dumps(launch) + "\n")
+    history.append(folder / LAUNCHES, launch)
+
+
+def _changes(before: Path, config: str) -> Iterator[str]:
+    """The settings that differ from those of the launch before, as KEY: OLD -> NEW."""
+    if not before.is_file():
+        return
+    old, new = (dict(_flatten("", yaml.safe_load(text))) for text in (before.read_text(), config))
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
+            yield f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+
+
+def decide(folder: Path, step: int | None, kind: str, text: str) -> None:
+    """Appends a decision to ``decisions.jsonl``.
+
+    Args:
+        folder: of the run.
+        step: optimizer steps done, where it is known.
+        kind: resume, setting, restart, skip, sparse, capacity, stop or failure.
+        text: what was decided, and why.
+    """
+    line = {"time": _now(), "step": step, "kind": kind, "text": text}
+    history.append(folder / DECISIONS, line)
+
+
+def write_state(folder: Path, state: State) -> None:
+    """What the run is doing, for :func:`read_state`; a folder that cannot be written hides nothing else."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        pending = folder / f".{STATE}.{os.getpid()}"
+        pending.write_text(
+            json.dumps({"state": state, "time": _now(), "host": socket.gethostname(), "process": os.getpid()})
+        )
+        pending.replace(folder / STATE)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What :func:`write_state` wrote last: state, time, host, process; empty where there is nothing."""
+    try:
+        found = json.loads((folder / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def _git_state() -> str | None:

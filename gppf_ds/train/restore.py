@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gppf_ds.backbone.controller import Controller
 from gppf_ds.backbone.lego import LegoBackbone
+from gppf_ds.backbone.moe.layout import Layout
 from gppf_ds.backbone.norm import NormPolicy
 from gppf_ds.config import BackboneConfig
 from gppf_ds.errors import UserError
@@ -31,6 +32,7 @@ def build_model(
     kept: Sequence[Sequence[int]] | None = None,
     paths_fixed: bool = False,
     trainable: Sequence[str] = (),
+    layout: Layout | None = None,
 ) -> tuple[SimtModel, Controller]:
     """Backbone, heads and controllers with the initial values that the seed gives them.
 
@@ -41,11 +43,12 @@ def build_model(
         kept: the units that every lego layer still holds; None for all.
         paths_fixed: whether every device takes its task's path.
         trainable: patterns of the names of the parameters that learn; empty: all.
+        layout: of token-level experts; None for that of the configuration.
 
     Raises:
         UserError: a pattern fits no parameter.
     """
-    backbone = LegoBackbone(config, seed, kept)
+    backbone = LegoBackbone(config, seed, kept, list(tasks), layout)
     heads = {}
     for name, task in tasks.items():
         seed_global_generators(seed, INIT, "head", name)
@@ -53,7 +56,7 @@ def build_model(
     policy = NormPolicy(config.norm_weighting, config.norm_sync == "cross_task")
     model = SimtModel(backbone, heads, {name: task.loss_weight for name, task in tasks.items()}, policy)
     controller = Controller(list(tasks), backbone.units)
-    controller.frozen = paths_fixed
+    controller.frozen = controller.frozen or paths_fixed
     if trainable:
         model.freeze_all_but(trainable)
     return model, controller
@@ -147,7 +150,9 @@ def load_trained(folder: Path, path: Path | None, recipe: Recipe) -> Trained:
         raise UserError(f"{folder} has no complete checkpoint: train it first.")
     reader = CheckpointReader(path or found[-1])
     state, config = reader.state, recipe.config
-    model, controller = build_model(config.backbone, recipe.tasks, config.seed, state.kept, state.paths_fixed)
+    model, controller = build_model(
+        config.backbone, recipe.tasks, config.seed, state.kept, state.paths_fixed, layout=state.layout
+    )
     require_same_architecture(reader, model, list(config.trained(recipe.tasks)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -59,7 +59,7 @@ def reduced(recipe: Recipe) -> Recipe:
         backbone, units = content["backbone"], recipe.config.backbone.units
         backbone |= {"units": units if isinstance(units, int) else max(units), "pretrained": None}
         backbone["options"] = {**backbone["options"], **_narrow(backbone["name"])}
-    if recipe.config.schedule.kind != "per_batch":
+    if recipe.config.schedule.kind not in ("per_batch", "accumulate"):  # the latter trains every task as it is
         trained = list(recipe.config.trained(recipe.tasks))
         content["schedule"] = {"kind": "static", "static": trained}
         ranks = int(os.environ.get("WORLD_SIZE", "1"))

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from gppf_ds.backbone.controller import NEVER, Controller
 from gppf_ds.backbone.pretrained import load_pretrained, moved
-from gppf_ds.config import FinetuneConfig, RunConfig
+from gppf_ds.config import RunConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.model import SimtModel
 from gppf_ds.simt.usage import Owner, owner_of
 from gppf_ds.tasks.task import Task
 from gppf_ds.train.checkpoint import BUFFER
 from gppf_ds.train.finetune import content_of, last_checkpoint, rows_of, units_per_layer
+from gppf_ds.train.moe_start import ExpertStart
 from gppf_ds.train.provenance import Provenance
 from gppf_ds.train.restore import build_model
 
@@ -55,11 +56,12 @@ def start(config: RunConfig, tasks: Mapping[str, Task]) -> Start:
         if weights is not None:
             report = str(load_pretrained(model.backbone, weights, config.backbone.pretrained_noise, config.seed))
         return Start(model, controller, None, False, report, Provenance())
-    source = _Source(config.finetune)
+    source = _Source(config, tasks)
     rows = source.rows_for(list(config.trained(tasks)))
     kept = source.kept(rows, config)
+    layout = source.experts.layout if source.experts else None
     model, controller = build_model(
-        config.backbone, tasks, config.seed, kept, source.paths_fixed, trainable=config.trainable
+        config.backbone, tasks, config.seed, kept, source.paths_fixed, config.trainable, layout
     )
     report = source.load(model, controller, rows, config)
     return Start(model, controller, kept, source.paths_fixed, report, source.provenance(model, config.frozen_tasks))
@@ -68,13 +70,16 @@ def start(config: RunConfig, tasks: Mapping[str, Task]) -> Start:
 class _Source:
     """The finished run that another one starts from."""
 
-    def __init__(self, config: FinetuneConfig) -> None:
+    def __init__(self, run: RunConfig, tasks: Mapping[str, Task]) -> None:
+        config = run.finetune
         folder = Path(str(config.source))
+        content = content_of(folder)
         self.config = config
         self.reader = last_checkpoint(folder)
         self.rows = rows_of(self.reader)
-        self.units = units_per_layer(content_of(folder), len(next(iter(self.rows.values()))))
+        self.units = units_per_layer(content, len(next(iter(self.rows.values()))))
         self.paths_fixed = config.mode in ("fixed", "retrain")
+        self.experts = ExpertStart(self.reader, content, run, tasks) if self.reader.state.layout else None
 
     def rows_for(self, tasks: Sequence[str]) -> Rows:
         """The rows that fix the paths of these tasks; none where they are to be learnt."""
@@ -129,7 +134,9 @@ class _Source:
         held = [name for name in (*self.reader.sizes(), *self._buffers()) if name.startswith("backbone.")]
         own = self._tensors(model)
         for name, tensor in own.items():
-            if name.startswith("backbone."):
+            if name.startswith("backbone.") and self.experts is not None:
+                tensor.copy_(self.experts.value(name, tensor, self._value))
+            elif name.startswith("backbone."):
                 origin = self._origin(name)
                 grown = origin != name
                 value = self._value(origin, tensor)
@@ -137,21 +144,27 @@ class _Source:
                 tensor.copy_(moved(value, noise, config.seed, "grown", name) if noise else value)
         taken = sum(name in own for name in held)
         report.append(f"  backbone: {taken} of the source's {len(held)} tensors (the others are on no path wanted)")
+        report += self.experts.report() if self.experts is not None else []
         self._load_rows(controller, rows, config.frozen_tasks)
         for name in config.frozen_tasks:
             for key, tensor in own.items():
                 if key.startswith(f"heads.bank.{name}."):
                     tensor.copy_(self._value(key, tensor))
         report += [self._load_head(model, own, new, old) for new, old in self.config.heads.items()]
+        if config.trainable:
+            sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+            learn, all_ = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+            report.append(f"  {learn:,} of {all_:,} parameters learn")
         return "\n".join(report)
 
     def provenance(self, model: SimtModel, frozen: Sequence[str]) -> Provenance:
         """What has trained the parts that the new network takes over."""
-        heads = {name: name for name in frozen} | dict(self.config.heads)
-        origins: dict[Owner, Owner] = {("task", new): ("task", old) for new, old in heads.items()}
+        origins: dict[Owner, Owner] = {}
         for name, _ in model.named_parameters():
             if name.startswith("backbone."):
                 origins[owner_of(name)] = owner_of(self._origin(name))
+        heads = {name: name for name in frozen} | dict(self.config.heads)
+        origins |= {("task", new): ("task", old) for new, old in heads.items()}
         return self.reader.state.provenance.handed_on(origins)
 
     def _load_rows(self, controller: Controller, rows: Rows, frozen: Sequence[str]) -> None:
@@ -199,6 +212,8 @@ class _Source:
 
     def _origin(self, name: str) -> str:
         """The source's tensor that one of the backbone starts from: a grown unit is a copy of the layer's first."""
+        if self.experts is not None:
+            return self.experts.origin(name)
         parts = name.split(".")
         if "units" in parts:
             layer, unit = int(parts[2]), int(parts[4])

@@ -224,7 +224,7 @@ def _compare(
         _worst("gradients (optimizer state)", state_errors(fragments, reference.optimizer, parameters), tolerance),
         _worst("parameter updates", parameter_errors, tolerance),
         _worst("controller updates", row_errors, tolerance),
-        _worst("batch-norm running statistics", buffer_errors(ours.buffers, buffers), tolerance),
+        _worst("running statistics", buffer_errors(ours.buffers, buffers), tolerance),
         _exact("idle parameters untouched", moved, f"{idle} times idle"),
         _exact("ranks hold the same values", _differing(everyone), f"{len(everyone)} ranks"),
     ]

@@ -34,6 +34,7 @@ from gppf_ds.train.restore import Trained
 from gppf_ds.transfer.costs import flops
 from gppf_ds.transfer.extract import ChosenPath
 from gppf_ds.transfer.linear_probe import Vectors, fit_and_predict, scores
+from gppf_ds.transfer.serving import TaskBackbone
 
 ADVICE_FILE = "advise.json"
 CONFIDENCE = 0.95
@@ -129,7 +130,7 @@ class _Candidate:
     """A path, the tasks of the run that have it, and what it gave so far."""
 
     tasks: list[str]
-    path: ChosenPath
+    path: ChosenPath | TaskBackbone
     found: dict[Split, list[ProbeSamples]] = field(default_factory=lambda: {"train": [], "val": []})
     flops: int = 0
     seconds: float = 0.0
@@ -215,7 +216,9 @@ def advise(trained: Trained, target: Target) -> Advice:
 
 
 def _candidates(trained: Trained, device: torch.device) -> list[_Candidate]:
-    """Each different path once."""
+    """Each different path once; with token-level experts each task, whose routers are its own."""
+    if trained.model.backbone.layout is not None:
+        return [_Candidate([name], TaskBackbone(trained, name).to(device)) for name in trained.recipe.tasks]
     by_path: dict[tuple[int, ...], list[str]] = {}
     for name in trained.recipe.tasks:
         by_path.setdefault(tuple(trained.controller.path(name)), []).append(name)

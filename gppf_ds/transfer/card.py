@@ -44,7 +44,7 @@ def describe(
     normalisation = trained.recipe.tasks[task].input_normalisation()
     return {
         "task": task,
-        **_source(trained, task),
+        **source(trained, task),
         "timm_model": path.timm_model,
         "timm_options": path.timm_options,
         "names": convention,
@@ -65,7 +65,7 @@ def describe(
     }
 
 
-def _source(trained: Trained, task: str) -> dict[str, str | None]:
+def source(trained: Trained, task: str) -> dict[str, str | None]:
     """The kind of the task and the name of its data, without the folders of the machine it was trained on."""
     recipe = yaml.safe_load(trained.recipe.text) or {}
     arguments = recipe.get("tasks", {}).get(task, {}).get("init_args", {})
@@ -104,6 +104,12 @@ def text(about: Mapping[str, Any], loaded: Loading) -> str:
 def _head(about: Mapping[str, Any]) -> str:
     head = ", and its head" if about["full_model"] else ", without its head"
     data = f" on {about['data']}" if about["data"] else ""
+    if "experts" in about:
+        return f"""# {about["task"]}: {about["timm_model"]} with experts
+
+The backbone of one task ({about["kind"]}{data}), {about["parameters"] / 1e6:.2f} million parameters, of which a token
+goes through {about["active_parameters"] / 1e6:.2f} million{head}. It was trained together with other tasks by gppf_ds;
+of their network it has the experts that this task can choose, and needs nothing of gppf_ds."""
     return f"""# {about["task"]}: {about["timm_model"]}
 
 The backbone of one task ({about["kind"]}{data}), {about["parameters"] / 1e6:.2f} million parameters{head}.
@@ -169,6 +175,8 @@ def _results(about: Mapping[str, Any]) -> str:
 
 def _origin(about: Mapping[str, Any]) -> str:
     units = ", ".join(f"{layer}: {unit}" for layer, unit in about["path"].items())
+    if "experts" in about:
+        units = f"{units}; experts: " + ", ".join(f"{layer} {numbers}" for layer, numbers in about["experts"].items())
     packages = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
         f"## Origin\n\n- {about['step']} training steps (checkpoint `{about['checkpoint']}`)\n"

@@ -1,13 +1,17 @@
-"""``gppf-ds export``, ``extract``, ``predict``, ``convert`` and ``advise``."""
+"""``gppf-ds export``, ``extract``, ``cost``, ``predict``, ``convert`` and ``advise``."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from gppf_ds.errors import UserError
 from gppf_ds.train import recipe
+
+if TYPE_CHECKING:
+    from gppf_ds.train.restore import Trained
 
 
 def export(arguments: list[str]) -> int:
@@ -46,6 +50,7 @@ def export(arguments: list[str]) -> int:
 
     from gppf_ds.train.restore import load_trained
     from gppf_ds.transfer import export as exporting
+    from gppf_ds.transfer import moe_export
 
     size = (options.size[0], options.size[1]) if options.size else None
     how = exporting.Options(
@@ -53,14 +58,15 @@ def export(arguments: list[str]) -> int:
     )
     trained = load_trained(options.run, options.checkpoint, run)
     folder = options.output or options.run / "exports"
+    write = exporting.export if trained.model.backbone.layout is None else moe_export.export
     for task in trained.require_tasks(options.task):
         try:
-            files = exporting.export(trained, task, folder, how, options.run)
+            files = write(trained, task, folder, how, options.run)
         except UserError as error:
             if options.task or not options.head:
                 raise
             print(f"{task}: only the backbone, because {error}")
-            files = exporting.export(trained, task, folder, replace(how, head=False), options.run)
+            files = write(trained, task, folder, replace(how, head=False), options.run)
         print(*files, sep="\n")
     return 0
 
@@ -74,16 +80,34 @@ def _count(text: str) -> int:
 def extract(arguments: list[str]) -> int:
     """Writes the sub-network that serves some tasks as a run of its own, and what it costs beside the whole network.
 
-    Or the network without some tasks (--remove): of a grown run, all that it has kept frozen stays.
+    Or the network without some tasks (--remove): of a grown run, all that it has kept frozen stays. Of token-level
+    experts, --tasks leaves out those that no validation image's tokens choose; --threshold and --plan drop more.
     """
     parser = argparse.ArgumentParser(prog="gppf-ds extract", description=extract.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--tasks", nargs="+", metavar="TASK", help="the tasks to serve")
     choice.add_argument("--remove", nargs="+", metavar="TASK", help="the tasks to take away, with their own units")
-    parser.add_argument("--output", type=Path, required=True, help="the new run's folder: not there yet, or empty")
+    choice.add_argument("--plan", type=Path, metavar="FILE", help="token-level experts: what to keep (YAML or JSON)")
+    parser.add_argument("--output", type=Path, help="the new run's folder: not there yet, or empty")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        metavar="THETA",
+        help="token-level experts: drop those with at most THETA / k percent of each task's choices",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        default=300,
+        help="token-level experts: validation images of each task that show their use (%(default)s; 0: none, the "
+        "running shares of the training decide)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="token-level experts: say what it costs, write nothing")
     options = parser.parse_args(arguments)
+    if (options.output is None) != options.dry_run:
+        raise UserError("give --output for what is extracted, or --dry-run to see its cost alone.")
     run = recipe.read_run(options.run)
 
     import torch
@@ -92,6 +116,10 @@ def extract(arguments: list[str]) -> int:
     from gppf_ds.transfer import costs, subnetwork
 
     trained = load_trained(options.run, options.checkpoint, run)
+    if trained.model.backbone.layout is not None and not options.remove:
+        return _extract_experts(options, trained)
+    if options.plan or options.threshold is not None or options.dry_run:
+        raise UserError("--plan, --threshold and --dry-run are for --tasks of runs with token-level experts.")
     named = trained.require_tasks(list(dict.fromkeys(options.tasks or options.remove)))
     tasks = [name for name in run.tasks if name not in named] if options.remove else named
     if not tasks:
@@ -107,8 +135,54 @@ def extract(arguments: list[str]) -> int:
     return 0
 
 
+def _extract_experts(options: argparse.Namespace, trained: Trained) -> int:
+    """The same for a network of token-level experts."""
+    import torch
+
+    from gppf_ds.train.restore import load_trained
+    from gppf_ds.transfer import costs, moe_extract, subnetwork
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained.model.to(device)
+    trained.controller.to(device)
+    plan = moe_extract.plan_of(options.tasks or [], options.threshold, options.plan)
+    found, smaller = moe_extract.apply(trained, plan, options.samples, device)
+    print(moe_extract.table(found, trained, smaller))
+    tasks = list(smaller.recipe.tasks)
+    if options.dry_run:
+        print(costs.table(costs.measure(smaller, tasks, device), costs.measure(trained, tasks, device)))
+        return 0
+    del smaller
+    subnetwork.extract(trained, options.run, tasks, options.output, layout=found.layout)
+    parent = {"run": options.run.name, "checkpoint": trained.path.name, "tasks_served": list(trained.recipe.tasks)}
+    whole = costs.measure(trained, tasks, device)
+    del trained  # one network at a time in memory
+    own = costs.measure(load_trained(options.output, None, recipe.read_run(options.output)), tasks, device)
+    print(costs.table(own, whole))
+    print(costs.write(options.output, own | {"extraction": found.as_json()}, parent | whole, device))
+    return 0
+
+
+def cost(arguments: list[str]) -> int:
+    """Says what a recipe's network costs before it is trained: parameters that learn, are held, are used; FLOPs.
+
+    Above all for fine-tuning (finetune.plan). Arguments are those of gppf-ds train; nothing is written.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(cost.__doc__)
+    run = recipe.read(arguments, "gppf-ds cost")
+    recipe.check(run)
+
+    import torch
+
+    from gppf_ds.transfer import recipe_cost
+
+    print(recipe_cost.table(run, torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    return 0
+
+
 def predict(arguments: list[str]) -> int:
-    """Runs tasks on images and writes what they find, one json per image; paths that begin alike run once."""
+    """Runs tasks on images and writes what they find, as json, png and drawings; paths that begin alike run once."""
     parser = argparse.ArgumentParser(prog="gppf-ds predict", description=predict.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
     parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE", help="image files")
@@ -122,19 +196,26 @@ def predict(arguments: list[str]) -> int:
 
     from gppf_ds.train.restore import load_trained
     from gppf_ds.transfer import predict as prediction
+    from gppf_ds.transfer.coco_file import write_coco
 
     prediction.require_images(options.image)
     trained = load_trained(options.run, options.checkpoint, run)
     tasks = trained.require_tasks(options.task)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained.model.to(device)
+    folder = options.output or options.run / "predictions"
+    objects: dict[str, dict[Path, list[dict[str, Any]]]] = {}
     for image in options.image:
         done = prediction.predict(trained, tasks, image, device)
-        file = prediction.write(done, trained, image, options.output or options.run / "predictions")
+        file = prediction.write(done, trained, image, folder)
         print(f"{image} -> {file}")
         for task, found in done.found.items():
             print(f"  {task}: {found['summary']}")
+            if "objects" in found:
+                objects.setdefault(task, {})[image] = found["objects"]
         print(f"  units run: {done.units_run} ({done.units_alone} without sharing)")
+    for task, by_image in objects.items():
+        print(write_coco(task, by_image, folder))
     return 0
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,10 @@ from gppf_ds.backbone.lego import Pass
 from gppf_ds.backbone.shared import shared_forward, units_run
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.task import Batch, Head, Task
+from gppf_ds.train.memory import Run, peak_on_cpu
 from gppf_ds.train.restore import Trained
+from gppf_ds.transfer.counts import of_task
 from gppf_ds.transfer.predict import read_image, with_equal_images
-
-Run = Callable[[], object]
 
 COSTS_FILE = "costs.json"
 WARM_UP, RUNS = 3, 10
@@ -71,9 +70,9 @@ def measure(trained: Trained, tasks: Sequence[str], device: torch.device) -> dic
 
     Returns:
         "parameters" of the whole network, and "tasks" by name: "input" (height, width) of the batch after the task's
-        pipeline, "measured_on" (where the image is from), "parameters" of path and head, and the fields of
-        :class:`Cost`; "together" is that of all on one picture. For a task that reads neither its data nor a picture
-        "not_measured" says why.
+        pipeline, "measured_on" (where the image is from), "parameters" and "active_parameters"
+        (:func:`gppf_ds.transfer.counts.of_task`), and the fields of :class:`Cost`; "together" is that of all on one
+        picture. For a task that reads neither its data nor a picture "not_measured" says why.
     """
     trained.model.to(device)
     trained.controller.to(device)
@@ -82,6 +81,16 @@ def measure(trained: Trained, tasks: Sequence[str], device: torch.device) -> dic
         alone = {name: _alone(trained, name, picture, device) for name in tasks}
         together = _together(trained, tasks, picture, device)
     return {"parameters": _parameters(trained), "tasks": alone, "together": together}
+
+
+@torch.no_grad()
+def each(trained: Trained, tasks: Sequence[str], device: torch.device) -> dict[str, Any]:
+    """What :func:`measure` says of each task, without "parameters" and "together"."""
+    trained.model.to(device)
+    trained.controller.to(device)
+    with tempfile.TemporaryDirectory() as folder:
+        picture = _picture(Path(folder))
+        return {name: _alone(trained, name, picture, device) for name in tasks}
 
 
 def write(folder: Path, own: Mapping[str, Any], parent: Mapping[str, Any], device: torch.device) -> Path:
@@ -100,12 +109,12 @@ def _machine(device: torch.device) -> dict[str, Any]:
 
 def _alone(trained: Trained, name: str, picture: Path, device: torch.device) -> dict[str, Any]:
     task = trained.recipe.tasks[name]
-    parameters = {"parameters": _count(_path_parameters(trained, name)) + _count(_head(trained, name).parameters())}
+    parameters = of_task(trained, name)
     try:
         batch, origin = typical_batch(task, name, picture, device)
     except UserError as error:
         return {**parameters, "not_measured": str(error)}
-    passing = Pass(batch.images, trained.controller.fixed_route(name))
+    passing = Pass(batch.images, trained.controller.fixed_route(name), sizes=batch.sizes)
     features: list[list[Tensor]] = []
 
     def backbone() -> None:
@@ -133,8 +142,9 @@ def _together(trained: Trained, tasks: Sequence[str], picture: Path, device: tor
 
     def run(groups: Iterable[Sequence[str]]) -> None:
         for names in groups:
-            images = batches[names[0]].images
-            features = shared_forward(trained.model.backbone, images, {name: paths[name] for name in names})
+            first = batches[names[0]]
+            together = {name: paths[name] for name in names}
+            features = shared_forward(trained.model.backbone, first.images, together, first.sizes)
             for name in names:
                 _head(trained, name).predict(features.pop(name), batches[name].targets)
 
@@ -209,30 +219,10 @@ def _latency(run: Run, device: torch.device) -> dict[str, float]:
     return {"median": middle, "lower_quartile": low, "upper_quartile": high}
 
 
-def peak_on_cpu(run: Run) -> int:
-    """The most bytes that torch's CPU allocator held at once in a run, beyond those that it held before."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports a missing GPU driver as an error
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-        run()
-    assert profiler.profiler is not None
-    events = profiler.profiler.kineto_results.events()
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    held = np.cumsum([0, *(change for _, change in changes)])
-    return int(held.max())
-
-
 def _parameters(trained: Trained) -> dict[str, int]:
     model = trained.model
     counts = {"backbone": _count(model.backbone.parameters()), "heads": _count(model.heads.parameters())}
     return counts | {"total": sum(counts.values())}
-
-
-def _path_parameters(trained: Trained, task: str) -> list[Tensor]:
-    layers: Any = trained.model.backbone.layers
-    path = trained.controller.path(task)
-    return [p for layer, unit in zip(layers, path, strict=True) for p in layer.units[str(unit)].parameters()]
 
 
 def _head(trained: Trained, task: str) -> Head:

@@ -19,6 +19,9 @@ from gppf_ds.transfer.with_head import export_with_head
 
 WEIGHTS_FILE, DESCRIPTION_FILE, CARD_FILE = "model.safetensors", "model.json", "README.md"
 
+MODULE_FILE = "model.py"
+"""The code of a model with token-level experts, see :mod:`gppf_ds.transfer.moe_export`."""
+
 FULL_MODEL_FILES = ("classifier.safetensors", "classifier.json", "config.py", "checkpoint.pth")
 
 DENSE_SIZE = (256, 320)
@@ -72,7 +75,7 @@ def export(
     size = options.size or (DENSE_SIZE if options.names in ("mmdet", "mmseg") else path.trained_size)
     statistics = _reestimate(path, trained, task, options.reestimate) if options.reestimate else None
     named = names.from_timm(path.state(), options.names)
-    target = _emptied(folder / task)
+    target = emptied(folder / task)
     weights = target / WEIGHTS_FILE
     save_file({name: tensor.contiguous().clone() for name, tensor in named.items()}, weights, {"format": "pt"})
     graph = None
@@ -84,7 +87,7 @@ def export(
         if options.head:
             full = export_with_head(trained, task, path, target)
     except (UserError, RuntimeError):
-        _emptied(target)
+        emptied(target)
         raise
     description = card.describe(trained, task, path, loaded, size, options.names, statistics, graph)
     description |= {"full_model": [file.name for file in full]}
@@ -102,13 +105,14 @@ def _reestimate(path: ChosenPath, trained: Trained, task: str, batches: int) -> 
     return {"batch_norms": norms, "reestimated_on_batches": batches if norms else 0}
 
 
-def _emptied(target: Path) -> Path:
+def emptied(target: Path) -> Path:
     """The folder without the files of an earlier export, which may be of another checkpoint."""
     target.mkdir(parents=True, exist_ok=True)
     for name in (
         WEIGHTS_FILE,
         DESCRIPTION_FILE,
         CARD_FILE,
+        MODULE_FILE,
         f"{deploy.ONNX_FILE}*",
         deploy.PROGRAM_FILE,
         *FULL_MODEL_FILES,

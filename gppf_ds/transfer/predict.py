@@ -19,6 +19,9 @@ from gppf_ds.backbone.shared import shared_forward, units_run
 from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.task import Batch, Task
 from gppf_ds.train.restore import Trained
+from gppf_ds.transfer.drawing import draw, read_pixels
+
+_DPI = 130
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ def predict(trained: Trained, tasks: Sequence[str], image: Path, device: torch.d
     for names in with_equal_images(batches):
         together = {name: paths[name] for name in names}
         run += units_run(together.values())
-        features = shared_forward(model.backbone, batches[names[0]].images, together)
+        first = batches[names[0]]
+        features = shared_forward(model.backbone, first.images, together, first.sizes)
         for name in names:
             head: Any = model.heads.bank[name]
             [found[name]] = trained.recipe.tasks[name].describe(head, features.pop(name), batches[name].targets)
@@ -94,7 +98,7 @@ def with_equal_images(batches: Mapping[str, Batch]) -> list[list[str]]:
 
 
 def write(prediction: Prediction, trained: Trained, image: Path, folder: Path) -> Path:
-    """Writes ``folder/STEM.json`` and, for every map of pixels in it, ``folder/STEM.TASK.KEY.png``.
+    """Writes ``folder/STEM.json``, for every map of pixels in it ``folder/STEM.TASK.KEY.png``, and ``STEM.drawn.png``.
 
     Args:
         prediction: for ``image``.
@@ -117,4 +121,6 @@ def write(prediction: Prediction, trained: Trained, image: Path, folder: Path) -
     description = {"image": str(image), "checkpoint": trained.path.name, "step": trained.step, "tasks": tasks}
     target = folder / f"{image.stem}.json"
     target.write_text(json.dumps(description, indent=1) + "\n")
+    figure = draw(read_pixels(image), prediction.found, image.name)
+    figure.savefig(folder / f"{image.stem}.drawn.png", dpi=_DPI, bbox_inches="tight")
     return target

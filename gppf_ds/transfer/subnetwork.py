@@ -15,17 +15,27 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+from gppf_ds.backbone.moe.adapt import restricted, rows_kept
+from gppf_ds.backbone.moe.layout import Layout
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.simt.model import learns
 from gppf_ds.simt.usage import owner_of
-from gppf_ds.train.checkpoint import BUFFER, CONTROLLER, CONTROLLER_STATE, CheckpointReader, save
+from gppf_ds.train.checkpoint import BUFFER, CONTROLLER, CONTROLLER_STATE, MASTER, CheckpointReader
 from gppf_ds.train.recipe import SMOKE_DATA
 from gppf_ds.train.record import write_record
 from gppf_ds.train.restore import Trained, is_kept
+from gppf_ds.train.saving import save
 
 
-def extract(trained: Trained, run: Path, tasks: Collection[str], output: Path, keep_frozen: bool = False) -> None:
+def extract(
+    trained: Trained,
+    run: Path,
+    tasks: Collection[str],
+    output: Path,
+    keep_frozen: bool = False,
+    layout: Layout | None = None,
+) -> None:
     """Writes a run's folder with only the units on these tasks' paths, their heads and their controllers.
 
     Its controllers are frozen, as in the sparse phase. Optimizer state comes along for what is left.
@@ -39,6 +49,7 @@ def extract(trained: Trained, run: Path, tasks: Collection[str], output: Path, k
         tasks: names.
         output: the new folder, which appears when it is complete.
         keep_frozen: see above.
+        layout: of token-level experts, with these tasks; by default all that one of them can choose stay.
 
     Raises:
         UserError: ``output`` holds something already.
@@ -61,7 +72,9 @@ def extract(trained: Trained, run: Path, tasks: Collection[str], output: Path, k
         sorted({*units, *(unit for own, unit in frozen if own == layer)})
         for layer, units in enumerate(zip(*paths, strict=True))
     ]
-    _write_checkpoint(trained, chosen, kept, not frozen, building / "checkpoints")
+    if trained.model.backbone.layout is not None:
+        layout = layout or restricted(trained.model.backbone.layout, chosen)
+    _write_checkpoint(trained, chosen, kept, not frozen, layout, building / "checkpoints")
     os.replace(building, output)
 
 
@@ -73,6 +86,10 @@ def reduced(content: dict[str, Any], tasks: Sequence[str]) -> dict[str, Any]:
     """
     content = {key: value for key, value in content.items() if key not in ("finetune", "trainable", "frozen_tasks")}
     content["tasks"] = {name: task for name, task in content["tasks"].items() if name in tasks}
+    if (moe := content.get("backbone", {}).get("moe")) is not None:
+        # What k a task has stands in the checkpoint's layout.
+        fresh = {**moe, "task_mlp_top_k": {}, "task_attention_top_k": {}}
+        content["backbone"] = {**content["backbone"], "moe": fresh}
     if content["schedule"]["kind"] == "static":
         left = [name for name in content["schedule"]["static"] if name in tasks]
         content["schedule"] = {"kind": "static", "static": left} if left else {"kind": "iid", "static": []}
@@ -104,34 +121,65 @@ def _frozen_units(trained: Trained) -> set[tuple[int, int]]:
 
 
 def _write_checkpoint(
-    trained: Trained, tasks: Sequence[str], kept: list[list[int]], paths_fixed: bool, folder: Path
+    trained: Trained,
+    tasks: Sequence[str],
+    kept: list[list[int]],
+    paths_fixed: bool,
+    layout: Layout | None,
+    folder: Path,
 ) -> None:
     """Copies from checkpoint to checkpoint, so that of the parent only what is kept is read."""
     reader = CheckpointReader(trained.path)
+    before = reader.state.layout
 
     def wanted(name: str) -> bool:
-        part = owner_of(name)
-        return is_kept(name, kept) and (part[0] != "task" or part[1] in tasks)
+        return is_kept(name, kept) and is_served(name, tasks, layout)
 
-    fragments = [_whole(reader, name) for name in reader.sizes() if wanted(name)]
+    def rows(name: str) -> list[int] | None:
+        return rows_kept(name, before, layout) if before is not None and layout is not None else None
+
+    fragments = [_whole(reader, name, rows(name)) for name in reader.sizes() if wanted(name)]
     shared: dict[str, Tensor] = {}
     for key, tensor in reader.shared.items():
-        if key.startswith(BUFFER):
-            own = wanted(key.removeprefix(BUFFER))
-        else:
-            own = key.removeprefix(CONTROLLER).removeprefix(CONTROLLER_STATE).split(".")[0] in tasks
-        if own:
-            shared[key] = tensor
+        name = key.removeprefix(BUFFER)
+        if not key.startswith(BUFFER):
+            if key.removeprefix(CONTROLLER).removeprefix(CONTROLLER_STATE).split(".")[0] in tasks:
+                shared[key] = tensor
+        elif wanted(name):
+            places = rows(name)
+            shared[key] = tensor if places is None else tensor[places]
     cursors = {name: reader.state.cursors.get(name, 0) for name in tasks}  # frozen tasks have none
     provenance = reader.state.provenance.restricted([owner_of(fragment.name) for fragment in fragments])
-    state = replace(reader.state, cursors=cursors, kept=kept, paths_fixed=paths_fixed, provenance=provenance)
+    state = replace(
+        reader.state, cursors=cursors, kept=kept, paths_fixed=paths_fixed, layout=layout, provenance=provenance
+    )
     with _group_of_one():
         save(folder, state, fragments, shared, keep=1)
 
 
-def _whole(reader: CheckpointReader, name: str) -> Fragment:
-    state = {kind: reader.whole(name, kind) for kind in reader.kinds(name)}
-    return Fragment(name, 0, reader.whole(name), state, reader.shapes.get(name, ()))
+def is_served(name: str, tasks: Collection[str], layout: Layout | None) -> bool:
+    """Whether a parameter or buffer is one that these tasks, and this layout of experts, need."""
+    match owner_of(name):
+        case ("task", task):
+            return task in tasks
+        case ("expert", layer, expert) if layout is not None:
+            return int(expert) in layout.experts[layer]
+        case _:
+            return True
+
+
+def _whole(reader: CheckpointReader, name: str, rows: Sequence[int] | None) -> Fragment:
+    """A parameter with its optimizer state, or some of its rows."""
+    shape = reader.shapes.get(name, ())
+
+    def part(kind: str) -> Tensor:
+        tensor = reader.whole(name, kind)
+        if rows is None or tensor.dim() == 0 or tensor.numel() == 1:
+            return tensor
+        return tensor.view(shape)[list(rows)].flatten()
+
+    state = {kind: part(kind) for kind in reader.kinds(name)}
+    return Fragment(name, 0, part(MASTER), state, shape if rows is None else (len(rows), *shape[1:]))
 
 
 @contextmanager

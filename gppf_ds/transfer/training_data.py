@@ -18,7 +18,9 @@ NOT_RECORDED = "not recorded"
 WEIGHTS = "initial weights"
 
 
-def of_path(checkpoint: Path, task: str, numbers: Mapping[str, int], head: bool) -> list[dict[str, Any]]:
+def of_path(
+    checkpoint: Path, task: str, numbers: Mapping[str, int], head: bool, experts: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The records of everything that trained a path, in the order of time.
 
     Args:
@@ -26,6 +28,7 @@ def of_path(checkpoint: Path, task: str, numbers: Mapping[str, int], head: bool)
         task: whose path it is.
         numbers: the unit of every layer, by the layers' names, first to last.
         head: whether the task's head belongs to what is described.
+        experts: of token-level experts, by part (:func:`gppf_ds.train.provenance.part_name`), the name it gets.
 
     Returns:
         The fields of :class:`gppf_ds.train.provenance.Record`, with ``steps`` by layer ("head" for the head).
@@ -33,6 +36,7 @@ def of_path(checkpoint: Path, task: str, numbers: Mapping[str, int], head: bool)
     file = checkpoint / "state.json"
     values = json.loads(file.read_text()).get("provenance") if file.is_file() else None
     names = {part_name(("unit", str(i), str(unit))): layer for i, (layer, unit) in enumerate(numbers.items())}
+    names |= experts or {}
     if head:
         names[part_name(("task", task))] = HEAD
     return [asdict(record) for record in Provenance.read(values).of_parts(names)]

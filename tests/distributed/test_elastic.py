@@ -26,6 +26,14 @@ TOLERANCE = 1e-6
 """Of the relative error of every tensor (norm of the difference over norm); see :mod:`distributed.test_simt`."""
 
 
+OPTIMIZERS: dict[str, dict[str, float]] = {
+    "adamw": {"learning_rate": 0.001, "epsilon": 1e-3},
+    "sgd": {"learning_rate": 0.01, "momentum": 0.9},
+}
+KINDS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
+"""Of the optimizer's state."""
+
+
 @dataclass
 class Phase:
     """What one launch wrote down."""
@@ -51,7 +59,7 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert not [key for key in wanted if not torch.equal(got[key], wanted[key])]
 
 
-def recipe(output: Path, devices: int, stage: int) -> dict[str, Any]:
+def recipe(output: Path, devices: int, stage: int, optimizer: str) -> dict[str, Any]:
     tasks = {
         name: {
             "class_path": "distributed.elastic_case.Toy",
@@ -63,46 +71,57 @@ def recipe(output: Path, devices: int, stage: int) -> dict[str, Any]:
         "output": str(output),
         "steps": STEPS,
         "backbone": {"options": {"layers": [1, 1, 1, 1], "channels": [4, 8, 8, 8], "act_layer": "gelu"}},
-        "optimizer": {"name": "adamw", "learning_rate": 0.001, "epsilon": 1e-3, "warmup_steps": 1},
+        "optimizer": {"name": optimizer, "warmup_steps": 1, **OPTIMIZERS[optimizer]},
         "loader": {"workers": 0},
         "engine": {"zero_stage": stage, "devices_per_rank": devices, "precision": "fp32", "timeout": 60},
-        "checkpoint": {"every": FIRST, "keep": 3},
+        "checkpoint": {"every": FIRST, "keep": 3, "background": False},  # a rank ends right after its last save
         "tasks": tasks,
     }
 
 
 def launch(
-    folder: Path, ranks: int, devices: int, stage: int, marks: list[int], stop: int = 0, resume: Path | None = None
+    folder: Path,
+    optimizer: str,
+    layout: tuple[int, int, int],
+    marks: list[int],
+    stop: int = 0,
+    resume: Path | None = None,
 ) -> Phase:
-    """Trains in a folder of its own, from a copy of the checkpoint ``resume``."""
+    """Trains on ``layout`` (ranks, devices of each, ZeRO stage) in a folder, from a copy of a checkpoint."""
+    ranks, devices, stage = layout
     records = folder / "records"
     records.mkdir(parents=True)
     checkpoints = folder / "run" / "checkpoints"
     if resume is not None:
         shutil.copytree(resume, checkpoints / resume.name)
-    path = write_recipe(recipe(folder / "run", devices, stage), folder)
+    path = write_recipe(recipe(folder / "run", devices, stage, optimizer), folder)
     run_ranks("distributed.elastic_case", ranks, str(path), str(records), json.dumps(marks), str(stop))
     return Phase(checkpoints, records)
 
 
+@pytest.fixture(scope="module", params=["adamw", pytest.param("sgd", marks=pytest.mark.long)])
+def optimizer(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def history(tmp_path_factory: pytest.TempPathFactory) -> list[Phase]:
+def history(tmp_path_factory: pytest.TempPathFactory, optimizer: str) -> list[Phase]:
     """4 ranks at stage 1, of which the steps after FIRST are the uninterrupted run; then 2 at stage 3, then 3 at 2."""
     folder = tmp_path_factory.mktemp("elastic")
-    four = launch(folder / "four", 4, 1, 1, [FIRST, SECOND], stop=SECOND)
+    four = launch(folder / "four", optimizer, (4, 1, 1), [FIRST, SECOND], stop=SECOND)
     first = four.checkpoints / f"step-{FIRST:08d}"
-    two = launch(folder / "two", 2, 2, 3, [FIRST, SECOND], stop=SECOND, resume=first)
+    two = launch(folder / "two", optimizer, (2, 2, 3), [FIRST, SECOND], stop=SECOND, resume=first)
     second = two.checkpoints / f"step-{SECOND:08d}"
-    return [four, two, launch(folder / "three", 3, 1, 2, [SECOND], resume=second)]
+    return [four, two, launch(folder / "three", optimizer, (3, 1, 2), [SECOND], resume=second)]
 
 
-def test_every_change_carries_all_state_bit_by_bit(history: list[Phase]) -> None:
+def test_every_change_carries_all_state_bit_by_bit(history: list[Phase], optimizer: str) -> None:
     four, two, three = history
     for before, after, step in ((four, two, FIRST), (two, three, SECOND)):
         carried = before.state(step)
         assert_same(after.state(step), carried)
         kinds = {key.split()[0] for key in carried}
-        assert kinds == {"parameter", "buffer", "controller", "master", "step", "exp_avg", "exp_avg_sq"}
+        assert kinds == {"parameter", "buffer", "controller", "master", *KINDS[optimizer]}
         assert any(key.startswith("buffer heads") for key in carried)
         assert any(key.endswith("exp_avg") for key in carried if key.startswith("controller"))
 

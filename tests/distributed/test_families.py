@@ -23,6 +23,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "unit_blocks": ["plain", "deformable"],
     },
 }
+MOE: dict[str, Any] = {"mlp_experts": 6, "mlp_top_k": 1, "attention_experts": 6, "mutual_information": 0.1}
+"""Few tokens and one choice of each: in most steps some expert gets none."""
 
 
 @pytest.mark.parametrize(
@@ -32,8 +34,55 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def test_a_step_is_exact(light_recipe: dict[str, Any], tmp_path: Path, family: str, stage: int, routing: str) -> None:
     light_recipe["backbone"] = {**FAMILIES[family], "routing": routing}
     light_recipe["engine"]["zero_stage"] = stage
-    light_recipe["optimizer"] = {"name": "adamw", "learning_rate": 0.001}
-    command = ["-m", "gppf_ds", "verify", "--config", str(write_recipe(light_recipe, tmp_path)), "--verify_steps", "2"]
-    codes, outputs = end_ranks([command, command], timeout=180)
-    assert codes == [0, 0], outputs[0]
+    verify(light_recipe, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "schedule", "settings"),
+    [
+        ("vit", 0, "iid", {"shared_experts": 1}),
+        ("vit", 1, "accumulate", {"mutual_information_source": "gates", "mlp_top_k": 2}),
+        ("swin", 2, "iid", {"token_mutual_information": 0.05, "concentration": 0.05}),
+        ("vit", 3, "iid", {"task_mlp_top_k": {"digits": 3}}),
+        ("swin", 3, "per_batch", {"task_embedding": False}),
+    ],
+)
+def test_a_step_with_token_level_experts_is_exact(
+    light_recipe: dict[str, Any], tmp_path: Path, family: str, stage: int, schedule: str, settings: dict[str, Any]
+) -> None:
+    light_recipe["backbone"] = {**FAMILIES[family], "units": 1, "moe": MOE | settings}
+    light_recipe["schedule"] = {"kind": schedule}
+    light_recipe["engine"] |= {"zero_stage": stage, "devices_per_rank": len(light_recipe["tasks"])}
+    table = verify(light_recipe, tmp_path)
+    if schedule == "iid":  # some devices' tokens left some experts out
+        idle = next(line for line in table.splitlines() if line.startswith("idle"))
+        assert int(idle.split("0.0e+00")[1].split()[0]) > 20, table
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "clip"),
+    [
+        (2, 0, 0.1),
+        pytest.param(2, 1, 0.0, marks=pytest.mark.long),
+        pytest.param(4, 0, 0.0, marks=pytest.mark.long),
+        (4, 2, 0.1),
+    ],
+)
+def test_a_step_with_experts_spread_over_ranks_is_exact(
+    light_recipe: dict[str, Any], tmp_path: Path, ranks: int, stage: int, clip: float
+) -> None:
+    """Two ranks hold every expert once; they run other tasks, with other numbers of tokens."""
+    light_recipe["backbone"] = {**FAMILIES["vit"], "units": 1, "moe": MOE | {"mlp_top_k": 2, "mlp_blocks": "every"}}
+    light_recipe["schedule"] = {"kind": "static", "static": ["digits", "distance", "distance"]}
+    light_recipe["engine"] |= {"zero_stage": stage, "expert_parallel": 2}
+    verify(light_recipe, tmp_path, ranks, {"clip_norm": clip})
+
+
+def verify(recipe: dict[str, Any], folder: Path, ranks: int = 2, optimizer: dict[str, Any] | None = None) -> str:
+    """The table of ``gppf-ds verify``, after every rule has been seen to hold."""
+    recipe["optimizer"] = {"name": "adamw", "learning_rate": 0.001, **(optimizer or {})}
+    command = ["-m", "gppf_ds", "verify", "--config", str(write_recipe(recipe, folder)), "--verify_steps", "2"]
+    codes, outputs = end_ranks([command] * ranks, timeout=90.0 * ranks)
+    assert codes == [0] * ranks, outputs[0]
     assert outputs[0].count("| ok") == 7, outputs[0]
+    return outputs[0]

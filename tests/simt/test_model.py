@@ -94,7 +94,7 @@ def test_gradients_are_those_of_end_to_end_autograd(tasks, loss_scale):
     no_dropout(model)
     controller = Controller(list(LOSS_WEIGHTS), model.backbone.units)
     twin, other = copy.deepcopy(model), copy.deepcopy(controller)
-    loss, outcomes = model(jobs_of(controller, tasks), loss_scale)
+    loss, outcomes, _ = model(jobs_of(controller, tasks), loss_scale)
     (loss * loss_scale).backward()  # as a loss scaler does it
     wanted = end_to_end(twin, jobs_of(other, tasks), list(range(len(tasks))))
     (wanted * loss_scale).backward()
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_end_to_end_autograd(tasks, loss_scale):
 def test_terms_are_unweighted_and_the_sum_is_weighted():
     model = build()
     controller = Controller(list(LOSS_WEIGHTS), model.backbone.units)
-    loss, (outcome,) = model(jobs_of(controller, ["dense"]))
+    loss, (outcome,), _ = model(jobs_of(controller, ["dense"]))
     assert float(loss.detach()) == pytest.approx(0.5 * sum(outcome.terms.values()), rel=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_a_non_finite_loss_drops_its_device_alone(bad, who):
     factors = [bad if device == who else 1.0 for device in range(3)]
     controller = Controller(list(LOSS_WEIGHTS), model.backbone.units)
     twin, other = copy.deepcopy(model), copy.deepcopy(controller)
-    loss, outcomes = model(jobs_of(controller, tasks, factors))
+    loss, outcomes, _ = model(jobs_of(controller, tasks, factors))
     loss.backward()
     kept = [device for device in range(3) if device != who]
     wanted = end_to_end(twin, jobs_of(other, tasks), kept)
@@ -154,7 +154,7 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_dropped_too():
     model = build()
     model.heads.bank["cls"].__class__ = CliffHead
     controller = Controller(list(LOSS_WEIGHTS), model.backbone.units)
-    loss, (first, second) = model(jobs_of(controller, ["cls", "dense"]))
+    loss, (first, second), _ = model(jobs_of(controller, ["cls", "dense"]))
     loss.backward()
     assert not first.finite
     assert second.finite
@@ -166,7 +166,7 @@ def test_a_finite_loss_with_a_non_finite_gradient_is_dropped_too():
 def test_no_finite_device_at_all_gives_zeros():
     model = build()
     controller = Controller(list(LOSS_WEIGHTS), model.backbone.units)
-    loss, outcomes = model(jobs_of(controller, ["cls"], [float("nan")]))
+    loss, outcomes, _ = model(jobs_of(controller, ["cls"], [float("nan")]))
     loss.backward()
     assert loss == 0
     assert not outcomes[0].finite

@@ -14,7 +14,8 @@ import torch.multiprocessing as mp
 
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
-from gppf_ds.train.checkpoint import CheckpointReader, TrainState, complete, save
+from gppf_ds.train.checkpoint import CheckpointReader, TrainState, complete
+from gppf_ds.train.saving import save
 
 torch.set_num_threads(1)
 

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from gppf_ds.errors import UserError
+from gppf_ds.train.inherit import resolve
 from gppf_ds.train.recipe import Recipe, check, read, read_run
 
 CLASS_PATH = "gppf_ds.tasks.classification.Classification"
@@ -217,6 +218,17 @@ def test_another_class_drops_the_old_arguments(recipe, tmp_path):
     made = read(["--config", write(content, tmp_path)])
     assert type(made.tasks["farm"]).__name__ == "Depth"
     assert list(made.tasks) == ["pets", "farm"]
+
+
+def test_another_backbone_drops_the_old_options_and_nothing_else(tmp_path):
+    old = {"name": "resnet50", "options": {"layers": [1, 1, 1, 1]}, "units": 3}
+    base = {"backbone": old, "optimizer": {"name": "sgd", "momentum": 0.5}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    heir = {"inherit": "base.yaml", "backbone": {"name": "resnet18"}, "optimizer": {"name": "adamw"}}
+    (tmp_path / "heir.yaml").write_text(yaml.safe_dump(heir))
+    content = resolve([tmp_path / "heir.yaml"]).content
+    assert content["backbone"] == {"name": "resnet18", "units": 3}
+    assert content["optimizer"] == {"name": "adamw", "momentum": 0.5}
 
 
 def test_a_removed_task_comes_back_afresh(recipe, tmp_path):

@@ -23,8 +23,9 @@ from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.segmentation import Segmentation
 from gppf_ds.tasks.task import Task
 from gppf_ds.train import recipe
-from gppf_ds.train.checkpoint import TrainState, save
+from gppf_ds.train.checkpoint import TrainState
 from gppf_ds.train.restore import Trained, build_model, shared_tensors
+from gppf_ds.train.saving import save
 from gppf_ds.transfer import commands
 from gppf_ds.transfer.advise import WIDTH, Advice, Target, _narrowed, advise, table
 

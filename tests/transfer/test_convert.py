@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
-from gppf_ds.train.checkpoint import TrainState, save
+from gppf_ds.train.checkpoint import TrainState
 from gppf_ds.train.recipe import read_run
 from gppf_ds.train.restore import build_model, shared_tensors
+from gppf_ds.train.saving import save
 from gppf_ds.transfer import deepspeed_files
 from gppf_ds.transfer.commands import convert as command
 from gppf_ds.transfer.convert import convert

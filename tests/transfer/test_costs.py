@@ -13,7 +13,8 @@ from torch import nn
 
 from gppf_ds.tasks.classification import Classification
 from gppf_ds.tasks.depth import Depth
-from gppf_ds.transfer.costs import PICTURE, _picture, flops, peak_on_cpu, typical_batch
+from gppf_ds.train.memory import peak_on_cpu
+from gppf_ds.transfer.costs import PICTURE, _picture, flops, typical_batch
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

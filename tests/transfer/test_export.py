@@ -25,8 +25,9 @@ from gppf_ds.tasks.detection import Detection
 from gppf_ds.tasks.segmentation import Segmentation
 from gppf_ds.tasks.task import Task
 from gppf_ds.train import recipe
-from gppf_ds.train.checkpoint import TrainState, save
+from gppf_ds.train.checkpoint import TrainState
 from gppf_ds.train.restore import Trained, build_model, shared_tensors
+from gppf_ds.train.saving import save
 from gppf_ds.transfer import deploy, loading
 from gppf_ds.transfer.commands import export as command
 from gppf_ds.transfer.export import Options, export

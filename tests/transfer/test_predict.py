@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import write_recipe
 from PIL import Image
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
 
 from gppf_ds.backbone.lego import Pass
 from gppf_ds.data.demo import DIGIT_NAMES
@@ -23,8 +24,9 @@ from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.tasks.task import Batch
 from gppf_ds.train import recipe
-from gppf_ds.train.checkpoint import TrainState, save
+from gppf_ds.train.checkpoint import TrainState
 from gppf_ds.train.restore import Trained, build_model, load_trained, shared_tensors
+from gppf_ds.train.saving import save
 from gppf_ds.transfer import commands
 from gppf_ds.transfer.predict import predict, require_images
 
@@ -191,6 +193,9 @@ def test_the_command_writes_what_the_tasks_find(
         assert np.array(labels).shape == size
         assert found["regions"]["classes"] == trained.recipe.tasks["regions"].class_names  # type: ignore[attr-defined]
 
+        drawn = Image.open(tmp_path / "out" / f"{image.stem}.drawn.png")
+        assert drawn.width > 4 * drawn.height  # the image and what four tasks find in it, in a row
+
         depth = expected(trained, "distance", image).numpy()
         stored = np.array(Image.open(tmp_path / "out" / found["distance"]["depth"]))
         assert stored.dtype == np.uint16
@@ -199,6 +204,26 @@ def test_the_command_writes_what_the_tasks_find(
         assert np.abs(stored * 0.001 - depth).max() <= 0.00051
         assert found["distance"]["min"] == pytest.approx(depth.min())
         assert found["distance"]["max"] == pytest.approx(depth.max())
+
+    both = COCO(str(tmp_path / "out" / "objects.coco.json"))
+    assert [(one["file_name"], one["width"], one["height"]) for one in both.loadImgs([1, 2])] == [
+        ("street.png", 113, 75),
+        ("000001.jpg", 128, 128),
+    ]
+    theirs = both.loadAnns(both.getAnnIds(imgIds=2))
+    assert [one["score"] for one in theirs] == [one["score"] for one in objects]
+    assert all(one["category_id"] == other["label"] + 1 for one, other in zip(theirs, objects, strict=True))
+    assert both.annToMask(theirs[0]).sum() == theirs[0]["area"]
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_image_files_are_spread_over_the_split(trained: Trained, name: str) -> None:
+    task = trained.recipe.tasks[name]
+    everything = task.image_files("val", 10**6)
+    assert len(everything) == len(set(everything)) == len(task.dataset("val"))
+    assert all(file.is_file() for file in everything)
+    some = task.image_files("val", 2)
+    assert [everything.index(file) for file in some] == [len(everything) // 4, 3 * len(everything) // 4]
 
 
 def test_some_tasks_and_the_usual_place(run: Path, foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,10 @@ from gppf_ds.config import LoaderConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.train import recipe
-from gppf_ds.train.checkpoint import CONTROLLER, CheckpointReader, complete, save
+from gppf_ds.train.checkpoint import CONTROLLER, CheckpointReader, complete
 from gppf_ds.train.evaluate import evaluate
 from gppf_ds.train.restore import Trained, load_trained
+from gppf_ds.train.saving import save
 from gppf_ds.transfer import commands
 from gppf_ds.transfer.predict import predict
 from gppf_ds.transfer.subnetwork import extract, reduced

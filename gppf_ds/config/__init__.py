@@ -6,16 +6,13 @@ recipe ends with one sentence before any process group exists.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gppf_ds.errors import UserError
-
-
-def _require(condition: bool, sentence: str) -> None:
-    if not condition:
-        raise UserError(sentence)
+from gppf_ds.config.moe import MoeConfig, MoePlan
+from gppf_ds.config.require import require
 
 
 @dataclass(kw_only=True)
@@ -38,6 +35,8 @@ class BackboneConfig:
     """Relative noise on the copies of pretrained weights, so that units can part ways; the first unit has none."""
     routing: Literal["soft", "hard"] = "soft"
     """soft mixes all units of a layer; hard runs the chosen one (straight-through)."""
+    moe: MoeConfig | None = None
+    """Token-level experts in the blocks of a ViT or Swin, in the place of units (units must be 1)."""
     checkpoint: bool = False
     """Recompute the activations of every lego layer in backward."""
     norm_sync: Literal["cross_task", "none"] = "cross_task"
@@ -47,14 +46,16 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         counts = [self.units] if isinstance(self.units, int) else self.units
-        _require(bool(counts) and min(counts) >= 1, f"backbone.units must be at least 1, not {self.units}.")
-        _require(
+        require(bool(counts) and min(counts) >= 1, f"backbone.units must be at least 1, not {self.units}.")
+        require(
+            self.moe is None or set(counts) == {1},
+            f"backbone.moe has experts in the place of units: set backbone.units to 1, not {self.units}.",
+        )
+        require(
             len(self.unit_blocks) <= max(counts),
             f"backbone.unit_blocks names {len(self.unit_blocks)} units, but backbone.units is {self.units}.",
         )
-        _require(
-            self.pretrained_noise >= 0, f"backbone.pretrained_noise must not be negative: {self.pretrained_noise}."
-        )
+        require(self.pretrained_noise >= 0, f"backbone.pretrained_noise must not be negative: {self.pretrained_noise}.")
 
 
 @dataclass(kw_only=True)
@@ -72,14 +73,14 @@ class ControllerConfig:
     the training costs what a static network costs."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate >= 0, f"controller.learning_rate must not be negative: {self.learning_rate}.")
-        _require(
+        require(self.learning_rate >= 0, f"controller.learning_rate must not be negative: {self.learning_rate}.")
+        require(
             self.temperature_start >= self.temperature_end > 0,
             "controller.temperature_end must be above 0 and at most controller.temperature_start "
             f"(got {self.temperature_start} -> {self.temperature_end}).",
         )
-        _require(0 < self.decay_share <= 1, f"controller.decay_share must lie in (0, 1], not {self.decay_share}.")
-        _require(
+        require(0 < self.decay_share <= 1, f"controller.decay_share must lie in (0, 1], not {self.decay_share}.")
+        require(
             not self.sparse or self.decay_share < 1,
             "controller.sparse needs steps after the temperature has settled: set controller.decay_share below 1.",
         )
@@ -89,17 +90,29 @@ class ControllerConfig:
 class ScheduleConfig:
     """Which task each device runs in each step."""
 
-    kind: Literal["iid", "stratified", "static", "per_batch"] = "iid"
+    kind: Literal["iid", "stratified", "balanced", "static", "per_batch", "accumulate"] = "iid"
     """iid: every device draws by weight (the paper). stratified: the same marginals, counts within 1 of the
-    expectation. static: a fixed map. per_batch: one task for all devices (the paper's ablation)."""
+    expectation. balanced: stratified, placed so that all ranks have about the same to do (gppf-ds plan --balance writes
+    it). static: a fixed map. per_batch: one task for all devices, drawn by weight (alternating training).
+    accumulate: every rank runs every task in a fixed order, and gradients are those of the sum of all tasks' losses,
+    each averaged over the ranks; sampling weights have no meaning there."""
     static: list[str] = field(default_factory=list)
     """For kind static: task names, dealt to the devices in turn."""
+    costs: dict[str, float | list[float]] = field(default_factory=dict)
+    """For kind balanced: seconds that a device needs for each task, or a list of them, one for each phase of a step
+    after which ranks wait for each other. Only ratios matter."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             bool(self.static) == (self.kind == "static"),
             "schedule.static lists the tasks of schedule.kind static: give both or neither.",
         )
+        for name, cost in self.costs.items():
+            phases = cost if isinstance(cost, list) else [cost]
+            require(
+                min(phases, default=-1.0) >= 0 and 0 < sum(phases) < math.inf,
+                f"schedule.costs.{name} must be seconds above 0, or such a list, not {cost}.",
+            )
 
 
 @dataclass(kw_only=True)
@@ -125,15 +138,15 @@ class OptimizerConfig:
     """Clip the norm of the fused gradient to this; 0 for no clipping (the paper uses none)."""
 
     def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
-        _require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative: {self.warmup_steps}.")
-        _require(
+        require(self.learning_rate > 0, f"optimizer.learning_rate must be above 0, not {self.learning_rate}.")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps must not be negative: {self.warmup_steps}.")
+        require(
             all(a < b for a, b in zip([self.warmup_steps, *self.milestones], self.milestones, strict=False)),
             f"optimizer.milestones must rise and come after the warm-up, unlike {self.milestones}.",
         )
-        _require(self.epsilon > 0, f"optimizer.epsilon must be above 0, not {self.epsilon}.")
-        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative: {self.weight_decay}.")
-        _require(self.clip_norm >= 0, f"optimizer.clip_norm must not be negative: {self.clip_norm} (0 means none).")
+        require(self.epsilon > 0, f"optimizer.epsilon must be above 0, not {self.epsilon}.")
+        require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative: {self.weight_decay}.")
+        require(self.clip_norm >= 0, f"optimizer.clip_norm must not be negative: {self.clip_norm} (0 means none).")
 
 
 @dataclass(kw_only=True)
@@ -150,6 +163,8 @@ class EngineConfig:
     """Virtual devices K: task batches that a rank advances through the backbone together."""
     accumulation: int = 1
     """Gradient accumulation: this many groups of devices one after another in one optimizer step."""
+    expert_parallel: int = 1
+    """Ranks that hold the experts of every MoE-MLP together (DeepSpeed's ep_size); 1: every rank holds them all."""
     deepspeed: str | None = None
     """A DeepSpeed json with further settings (see ds_configs/); keys the recipe owns are refused there."""
     timeout: float = 600.0
@@ -158,12 +173,16 @@ class EngineConfig:
     """Debug: compare every collective of a step over the ranks before it starts."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.devices_per_rank >= 1, f"engine.devices_per_rank must be at least 1, not {self.devices_per_rank}."
+        require(self.devices_per_rank >= 1, f"engine.devices_per_rank must be at least 1, not {self.devices_per_rank}.")
+        require(self.expert_parallel >= 1, f"engine.expert_parallel must be at least 1, not {self.expert_parallel}.")
+        require(
+            self.expert_parallel == 1 or self.zero_stage < 3,
+            "engine.expert_parallel spreads experts over ranks, as ZeRO 3 spreads all parameters: set zero_stage to 0, "
+            "1 or 2, or expert_parallel to 1.",
         )
-        _require(self.accumulation >= 1, f"engine.accumulation must be at least 1, not {self.accumulation}.")
-        _require(self.timeout > 0, f"engine.timeout must be above 0 seconds, not {self.timeout}.")
-        _require(
+        require(self.accumulation >= 1, f"engine.accumulation must be at least 1, not {self.accumulation}.")
+        require(self.timeout > 0, f"engine.timeout must be above 0 seconds, not {self.timeout}.")
+        require(
             not self.offload_optimizer or self.zero_stage > 0,
             "engine.offload_optimizer needs engine.zero_stage 1, 2 or 3.",
         )
@@ -181,9 +200,9 @@ class LoaderConfig:
     """The run ends when more than this share of a rank's samples could not be read."""
 
     def __post_init__(self) -> None:
-        _require(self.workers >= 0, f"loader.workers must not be negative: {self.workers}.")
-        _require(self.prefetch >= 1, f"loader.prefetch must be at least 1, not {self.prefetch}.")
-        _require(
+        require(self.workers >= 0, f"loader.workers must not be negative: {self.workers}.")
+        require(self.prefetch >= 1, f"loader.prefetch must be at least 1, not {self.prefetch}.")
+        require(
             0 <= self.max_unreadable_share < 1,
             f"loader.max_unreadable_share must lie in [0, 1), not {self.max_unreadable_share}.",
         )
@@ -197,10 +216,12 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Checkpoints to keep."""
+    background: bool = True
+    """Write beside the training, from a copy in host memory; false: the training waits until all is on disk."""
 
     def __post_init__(self) -> None:
-        _require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}.")
-        _require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}.")
+        require(self.every >= 1, f"checkpoint.every must be at least 1, not {self.every}.")
+        require(self.keep >= 1, f"checkpoint.keep must be at least 1, not {self.keep}.")
 
 
 @dataclass(kw_only=True)
@@ -224,14 +245,19 @@ class FinetuneConfig:
     """For grow: the layers that get new units; all by default."""
     grow_units: int = 1
     """For grow: new units in each of these layers."""
+    plan: MoePlan | None = None
+    """For a source with token-level experts: how they are adapted. A recipe may name the plan's file instead."""
+    routers: dict[str, str] = field(default_factory=dict)
+    """For a source with token-level experts: new task -> task of the source whose routers it starts from. By default
+    that of finetune.heads, else the first of the same kind, else the first; gppf-ds advise ranks them."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.path is not None) == (self.mode in ("fixed", "retrain")),
             "finetune.path belongs to finetune.mode fixed (a task of the source) and retrain (the folder of a dynamic "
             "run), and to no other.",
         )
-        _require(self.grow_units >= 1, f"finetune.grow_units must be at least 1, not {self.grow_units}.")
+        require(self.grow_units >= 1, f"finetune.grow_units must be at least 1, not {self.grow_units}.")
 
 
 @dataclass(kw_only=True)
@@ -249,6 +275,8 @@ class RunConfig:
     """Consecutive steps with a non-finite loss or gradient after which the run saves a checkpoint and ends."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl (and of the console when it is no terminal)."""
+    routes_every: int = 0
+    """Steps between lines of routes.jsonl, the probabilities of all controllers; 0 for 200 lines over the run."""
     metrics_port: int = 0
     """Prometheus exporter of local rank r listens on this port + r; 0 for none."""
     metrics_address: str = "127.0.0.1"
@@ -271,12 +299,13 @@ class RunConfig:
         return {name: task for name, task in tasks.items() if name not in self.frozen_tasks}
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, f"steps must be at least 1, not {self.steps}.")
-        _require(self.seed >= 0, f"seed must not be negative: {self.seed}.")
-        _require(self.evaluate_every >= 0, f"evaluate_every must not be negative: {self.evaluate_every}.")
-        _require(self.guard_limit >= 1, f"guard_limit must be at least 1, not {self.guard_limit}.")
-        _require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}.")
-        _require(
+        require(self.steps >= 1, f"steps must be at least 1, not {self.steps}.")
+        require(self.seed >= 0, f"seed must not be negative: {self.seed}.")
+        require(self.evaluate_every >= 0, f"evaluate_every must not be negative: {self.evaluate_every}.")
+        require(self.guard_limit >= 1, f"guard_limit must be at least 1, not {self.guard_limit}.")
+        require(self.log_every >= 1, f"log_every must be at least 1, not {self.log_every}.")
+        require(self.routes_every >= 0, f"routes_every must not be negative: {self.routes_every}.")
+        require(
             self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below steps ({self.steps}).",
         )

@@ -1,4 +1,4 @@
-"""``gppf-ds doctor``: what this machine has, what training will use, and what would not work and why.
+"""What this machine has, what training will use, and what would not work and why.
 
 Every probe stands alone: one that fails becomes a row of the table, never a traceback. Only torch, torchvision and
 OpenCV are imported, because for them an installed version says nothing about whether their compiled parts load.
@@ -6,18 +6,17 @@ OpenCV are imported, because for them an installed version says nothing about wh
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
 
 from packaging.specifiers import SpecifierSet
+
+from gppf_ds.doctor.table import Row
 
 PYTHON = ">=3.11,<3.13"
 SUPPORTED = {
@@ -46,16 +45,6 @@ VERIFIED_DEEPSPEED = "0.19.8"
 GIB = 1024**3
 
 
-@dataclass(frozen=True)
-class Row:
-    """One finding. ``note``: something is limited; ``problem``: training cannot run; ``why`` explains either."""
-
-    name: str
-    value: str
-    state: Literal["ok", "note", "problem"] = "ok"
-    why: str = ""
-
-
 def report() -> list[Row]:
     """Run every probe, in the order of the table."""
     probes: list[Callable[[], Iterator[Row]]] = [
@@ -77,21 +66,6 @@ def report() -> list[Row]:
             name = probe.__name__.strip("_").replace("_", " ")
             rows.append(Row(name, "unknown", "note", f"The probe failed: {_one_line(error)}"))
     return rows
-
-
-def main(arguments: list[str]) -> int:
-    """Prints what is installed here, and what would not work and why. Exit code 0: training can run; 1: it cannot."""
-    argparse.ArgumentParser(prog="gppf-ds doctor", description=main.__doc__).parse_args(arguments)
-    rows = report()
-    width = max(len(row.name) for row in rows)
-    marks = {"ok": " ", "note": "*", "problem": "!"}
-    for row in rows:
-        print(f"{marks[row.state]} {row.name:<{width}}  {row.value}")
-    for state, title in (("note", "* Good to know"), ("problem", "! What keeps training from running")):
-        sentences = [f"  {row.name}: {row.why}" for row in rows if row.state == state]
-        if sentences:
-            print("", title, *sentences, sep="\n")
-    return int(any(row.state == "problem" for row in rows))
 
 
 def _python() -> Iterator[Row]:

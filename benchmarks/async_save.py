@@ -1,0 +1,63 @@
+"""For how long does training stand still while a checkpoint is written beside it?
+
+Three things are timed in turn, again and again: a row of training steps; the same row during which a checkpoint is
+written in the background; and a checkpoint that is written while nothing else runs. What the row takes longer is what
+saving costs, in the copy to host memory and in every step that shares the machine with the writing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import harness
+
+AIM = 0.1
+"""The share of the time for writing that training may lose."""
+
+
+def report(result: Mapping[str, Any]) -> str:
+    """What a checkpoint costs, written in the foreground and in the background."""
+    rows: list[Sequence[str]] = [["", "median", "min - max"]]
+    for name, found in result.items():
+        unit = 1 if name.startswith("share") else 1000
+        values = [f"{unit * found[key]:.3f}" if unit == 1 else f"{unit * found[key]:.0f} ms" for key in found]
+        rows.append([name, values[0], f"{values[1]} - {values[2]}"])
+    share = result["share of writing that training lost"]
+    verdict = "met" if share["median"] < AIM else "not met"
+    if share["min"] < -AIM:  # rows of steps differ by more than what is looked for
+        verdict = "too noisy a machine to tell"
+    return f"{harness.table(rows)}\n\n{verdict} (aim: < {AIM:.0%} of the time for writing)"
+
+
+def main() -> None:
+    """Measures, prints the table and writes the json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1, help="processes (default: %(default)s)")
+    parser.add_argument("--mib", type=int, default=256, help="of the checkpoint, for each rank (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="of the three things (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=8, help="of the steps (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a folder for temporary files)")
+    parser.add_argument("--limit", type=float, default=1800.0, help="seconds for all (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for the json")
+    args = parser.parse_args()
+    if min(args.ranks, args.mib, args.repeats, args.batch_size) < 1:
+        parser.error("--ranks, --mib, --repeats and --batch-size start at 1")
+    settings = {name: getattr(args, name) for name in ("ranks", "mib", "repeats", "batch_size")}
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        argument = json.dumps({**settings, "folder": folder})
+        outcome = harness.run_ranks(harness.HERE / "async_save_rank.py", argument, args.ranks, args.limit)
+    if outcome.verdict != "ends":
+        sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
+    print(f"{args.ranks} ranks, a checkpoint of {args.mib} MiB each; rank 0\n")
+    print(report(outcome.result))
+    harness.save("async_save", settings, outcome.result, args.results)
+
+
+if __name__ == "__main__":
+    main()
