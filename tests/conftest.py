@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,15 @@ import pytest
 import timm
 import torch
 import yaml
+from distributed.ranks import environment
 from torch import nn
 
 from gppf_ds.tasks.task import FeatureInfo
 
 torch.set_num_threads(1)
+
+SHORT_STEPS = 6
+"""Of :func:`short_run`."""
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +84,25 @@ def write_recipe(recipe: dict[str, Any], folder: Path, name: str = "recipe.yaml"
     path = folder / name
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+@pytest.fixture(scope="session")
+def short_run(demo_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of one process with two devices, its name one that pages have to escape."""
+    folder = tmp_path_factory.mktemp("short")
+    recipe = make_light_recipe(demo_data, folder / "two <tasks>")
+    recipe |= {"steps": SHORT_STEPS, "log_every": 2, "evaluate_every": 3, "routes_every": 2}
+    recipe |= {"controller": {"learning_rate": 0.2}, "schedule": {"kind": "stratified"}, "loader": {"workers": 0}}
+    recipe["backbone"]["units"] = [2, 2, 3, 1, 2]
+    recipe["engine"]["devices_per_rank"] = 2
+    done = subprocess.run(
+        [sys.executable, "-m", "gppf_ds", "train", "--config", str(write_recipe(recipe, folder))],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return Path(recipe["output"])

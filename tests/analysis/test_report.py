@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from analysis import browser
-from analysis.conftest import STEPS
+from conftest import SHORT_STEPS
 
 from gppf_ds.analysis import commands, html
 from gppf_ds.analysis.route_section import routes_section
@@ -128,7 +128,7 @@ def test_playing_ends_at_the_last_step(window: browser.Page, page: Path, short_r
         if (document.getElementById("route-play").textContent === "play") { clearInterval(wait); resolve(true); }
     }, 50); })"""
     assert window.run(ended)
-    assert window.run(ROUTES)["shown"] == f"step {STEPS}"
+    assert window.run(ROUTES)["shown"] == f"step {SHORT_STEPS}"
 
 
 def test_it_prints(window: browser.Page, page: Path) -> None:
@@ -175,4 +175,4 @@ def test_routes_without_a_record_are_a_sentence() -> None:
 
 
 def test_the_last_step_is_in_the_table_without_scripts(page: Path) -> None:
-    assert f'<output id="route-shown">step {STEPS}</output>' in page.read_text()
+    assert f'<output id="route-shown">step {SHORT_STEPS}</output>' in page.read_text()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from analysis.conftest import STEPS
+from conftest import SHORT_STEPS
 
 from gppf_ds.analysis import commands, compare
 from gppf_ds.analysis.cka import LEAST_IMAGES
@@ -27,7 +27,7 @@ def test_routes_were_recorded_at_the_interval_from_the_first_step_on(short_run: 
     record = read_routes(short_run)
     assert record is not None
     assert (record.layers, record.units) == (LAYERS, [2, 2, 3, 1, 2])
-    assert record.steps.tolist() == [0, 2, 4, STEPS]
+    assert record.steps.tolist() == [0, 2, 4, SHORT_STEPS]
     assert record.probabilities.shape == (4, 2, 5, 3)
     assert np.allclose(record.probabilities.sum(-1), 1, atol=1e-4)
     assert np.allclose(
@@ -41,7 +41,7 @@ def test_routes_were_recorded_at_the_interval_from_the_first_step_on(short_run: 
 
 def test_time_is_accounted_for(short_run: Path) -> None:
     run = read_files(short_run)
-    assert run.images == STEPS * (4 + 2)
+    assert run.images == SHORT_STEPS * (4 + 2)
     assert set(run.seconds) == {"compute", "straggler_wait", "communication", "data", "evaluation", "checkpoint"}
     spent = [sum(line["seconds"].values()) for line in run.time]
     assert sum(run.seconds.values()) == pytest.approx(sum(spent))
@@ -56,7 +56,7 @@ def test_time_is_accounted_for(short_run: Path) -> None:
     assert means == pytest.approx([(line["step"] + line["data"]) / 2 for line in lines], rel=0.05)
     for line, mean in zip(run.metrics, means, strict=True):
         assert line["seconds"] <= 2 * mean * 1.05
-    assert run.metric("digits", "top1")[0] == [0, 3, STEPS]
+    assert run.metric("digits", "top1")[0] == [0, 3, SHORT_STEPS]
     assert run.losses("distance")[0] == [2, 4, 6]
 
 
@@ -71,7 +71,7 @@ def test_analyze_routes_writes_pictures_and_numbers(
     assert all(file.stat().st_size > 500 for file in printed)
     numbers = json.loads((tmp_path / "routes.json").read_text())
     trained = load_trained(short_run, None, read_run(short_run))
-    assert numbers["step"] == STEPS
+    assert numbers["step"] == SHORT_STEPS
     assert numbers["paths"]["digits"] == list(trained.controller.path("digits"))
 
 
