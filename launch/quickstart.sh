@@ -94,7 +94,7 @@ if [[ ! -f $finished ]]; then
     say "exporting one plain model per task"
     gppf-ds export --run "$RUN"
     say "drawing the routes"
-    gppf-ds analyze routes --run "$RUN"
+    gppf-ds analyze routes "$RUN"
     printf '%s\n' "$overrides" >"$finished"
 fi
 gppf-ds summary --run "$RUN"

@@ -43,6 +43,12 @@ def test_the_launchers_local_rank_is_ignored(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["export"], ["evaluate"], ["summary"], ["analyze", "routes"]):
-        assert main([*command, "--run", str(tmp_path)]) == 2
+    for command in (
+        ["export", "--run"],
+        ["evaluate", "--run"],
+        ["summary", "--run"],
+        ["analyze", "routes"],
+        ["report"],
+    ):
+        assert main([*command, str(tmp_path)]) == 2
         assert "is no run" in capsys.readouterr().err

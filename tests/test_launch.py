@@ -207,7 +207,7 @@ class TestQuickstart:
             "doctor",
             "demo-data demo-data",
             "export --run runs/demo",
-            "analyze routes --run runs/demo",
+            "analyze routes runs/demo",
             "summary --run runs/demo",
         ]
 

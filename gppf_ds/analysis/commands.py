@@ -15,11 +15,11 @@ def analyze(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="gppf-ds analyze", description=analyze.__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     routes = kinds.add_parser("routes", help="the units that tasks choose: map, learning curves, certainty, tree")
-    routes.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    routes.add_argument("run", type=Path, metavar="RUN", help="the run's output folder")
     routes.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
     routes.add_argument("--output", type=Path, help="folder for pictures and numbers (default: RUN/analysis)")
     cka = kinds.add_parser("cka", help="minibatch CKA between layers, within a path and across two")
-    cka.add_argument("--run", type=Path, nargs="+", required=True, help="one run's output folder, or two")
+    cka.add_argument("run", type=Path, nargs="+", metavar="RUN", help="one run's output folder, or two")
     cka.add_argument("--task", required=True, help="the task of the first run whose val images all see")
     cka.add_argument(
         "--path", nargs="+", metavar="TASK", help="whose path to take, of each run, or two of one run (default: --task)"
@@ -28,7 +28,7 @@ def analyze(arguments: list[str]) -> int:
     cka.add_argument("--batch", type=int, default=32, help="images of a minibatch (%(default)s)")
     cka.add_argument("--output", type=Path, help="folder for pictures and numbers (default: the first RUN/analysis)")
     experts = kinds.add_parser("experts", help="token-level experts: the share of each task's choices, by layer")
-    experts.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    experts.add_argument("run", type=Path, metavar="RUN", help="the run's output folder")
     experts.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
     experts.add_argument(
         "--images",
@@ -156,7 +156,7 @@ def _sides(options: argparse.Namespace) -> list[tuple[Path, str]]:
 def report(arguments: list[str]) -> int:
     """Writes a run as one html file: results, curves, routes, time, sample predictions, recipe."""
     parser = argparse.ArgumentParser(prog="gppf-ds report", description=report.__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run's output folder")
     parser.add_argument("--output", type=Path, help="the file to write (default: RUN/report.html)")
     options = parser.parse_args(arguments)
 

@@ -184,8 +184,8 @@ def cost(arguments: list[str]) -> int:
 def predict(arguments: list[str]) -> int:
     """Runs tasks on images and writes what they find, as json, png and drawings; paths that begin alike run once."""
     parser = argparse.ArgumentParser(prog="gppf-ds predict", description=predict.__doc__)
+    parser.add_argument("image", type=Path, nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
-    parser.add_argument("--image", type=Path, nargs="+", required=True, metavar="FILE", help="image files")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
     parser.add_argument("--task", nargs="+", metavar="TASK", help="only these tasks (default: all)")
     parser.add_argument("--output", type=Path, help="where to write (default: RUN/predictions)")

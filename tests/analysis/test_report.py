@@ -30,7 +30,7 @@ LEGIBLE = 0.7
 @pytest.fixture(scope="module")
 def page(short_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("report") / "new" / "report.html"
-    assert commands.report(["--run", str(short_run), "--output", str(target)]) == 0
+    assert commands.report([str(short_run), "--output", str(target)]) == 0
     return target
 
 
@@ -142,12 +142,12 @@ def test_a_run_that_left_little_says_so(short_run: Path, tmp_path: Path) -> None
     run = tmp_path / "bare"
     run.mkdir()
     shutil.copy(short_run / "config.yaml", run)
-    assert commands.report(["--run", str(run)]) == 0
+    assert commands.report([str(run)]) == 0
     text = (run / "report.html").read_text()
     sentences = ("has not been evaluated yet", "no metrics.jsonl yet", "no routes.jsonl", "no time.jsonl")
     assert all(sentence in text for sentence in (*sentences, "has no complete checkpoint"))
     with pytest.raises(UserError, match=r"is no run"):
-        commands.report(["--run", str(tmp_path / "nowhere")])
+        commands.report([str(tmp_path / "nowhere")])
 
 
 def test_the_headline_of_a_task_whose_data_are_gone_is_what_was_recorded(short_run: Path) -> None:

@@ -63,7 +63,7 @@ def test_time_is_accounted_for(short_run: Path) -> None:
 def test_analyze_routes_writes_pictures_and_numbers(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert commands.analyze(["routes", "--run", str(short_run), "--output", str(tmp_path)]) == 0
+    assert commands.analyze(["routes", str(short_run), "--output", str(tmp_path)]) == 0
     printed = [Path(line) for line in capsys.readouterr().out.splitlines()]
     names = {"selection", "task_tree", "selection_curves", "certainty"}
     expected = {f"{name}.{suffix}" for name in names for suffix in ("png", "svg", "pdf")} | {"routes.json"}
@@ -114,7 +114,7 @@ def test_analyze_cka_draws_within_and_across(
     short_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--task", "digits", "--batch", "8", "--images", "16", "--output", str(tmp_path)]
-    assert commands.analyze(["cka", "--run", str(short_run), str(short_run), *options]) == 0
+    assert commands.analyze(["cka", str(short_run), str(short_run), *options]) == 0
     printed = capsys.readouterr().out.split("\n")[:-1]
     assert [Path(line).name for line in printed] == [f"cka_digits.{kind}" for kind in ("png", "svg", "pdf", "json")]
     numbers = json.loads((tmp_path / "cka_digits.json").read_text())
@@ -141,7 +141,7 @@ def test_heat_maps_have_one_panel_or_three(short_run: Path) -> None:
 )
 def test_what_cka_cannot_do_is_one_sentence(short_run: Path, arguments: list[str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        commands.analyze(["cka", "--run", str(short_run), *arguments])
+        commands.analyze(["cka", str(short_run), *arguments])
 
 
 def test_too_few_images_are_one_sentence(short_run: Path) -> None:

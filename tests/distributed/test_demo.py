@@ -63,7 +63,7 @@ def test_the_demo_learns_and_leaves_plain_models(tmp_path: Path) -> None:
         description = json.loads((file.parent / "model.json").read_text())
         model = timm.create_model(description["timm_model"], **description["timm_options"])
         model.load_state_dict(load_file(file), strict=True)
-    drawn = [Path(line) for line in gppf_ds("analyze", "routes", "--run", str(run)).splitlines()]
+    drawn = [Path(line) for line in gppf_ds("analyze", "routes", str(run)).splitlines()]
     assert len(drawn) == 13
     assert all(file.is_file() for file in drawn)
     summary = gppf_ds("summary", "--run", str(run))

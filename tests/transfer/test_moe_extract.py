@@ -66,7 +66,7 @@ def test_the_usage_matrix_counts_the_choices_of_validation_images(run: Path) -> 
 
 
 def test_the_usage_matrix_is_drawn(run: Path) -> None:
-    assert main(["analyze", "experts", "--run", str(run), "--images", "4"]) == 0
+    assert main(["analyze", "experts", str(run), "--images", "4"]) == 0
     found = json.loads((run / "analysis" / "experts.json").read_text())
     np.testing.assert_allclose(np.sum(found["shares"], -1), 1.0)
     assert len(found["mutual_information"]) == 3

@@ -159,7 +159,7 @@ def test_the_command_writes_what_the_tasks_find(
     run: Path, trained: Trained, foreign: Path, demo_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     scene = demo_data / "scenes/images/val/000001.jpg"
-    code = commands.predict(["--run", str(run), "--image", str(foreign), str(scene), "--output", str(tmp_path / "out")])
+    code = commands.predict(["--run", str(run), str(foreign), str(scene), "--output", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert code == 0
     assert printed.count("units run: 17 (20 without sharing)") == 2
@@ -227,7 +227,7 @@ def test_image_files_are_spread_over_the_split(trained: Trained, name: str) -> N
 
 
 def test_some_tasks_and_the_usual_place(run: Path, foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert commands.predict(["--run", str(run), "--image", str(foreign), "--task", "distance", "digits"]) == 0
+    assert commands.predict(["--run", str(run), str(foreign), "--task", "distance", "digits"]) == 0
     assert "objects" not in capsys.readouterr().out
     written = json.loads((run / "predictions/street.json").read_text())
     assert list(written["tasks"]) == ["distance", "digits"]
@@ -243,9 +243,9 @@ def test_a_file_that_is_no_image_is_one_sentence(trained: Trained, tmp_path: Pat
 
 def test_wrong_names_are_one_sentence(run: Path, foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no task 'object'.*objects"):
-        commands.predict(["--run", str(run), "--image", str(foreign), "--task", "object"])
+        commands.predict(["--run", str(run), str(foreign), "--task", "object"])
     with pytest.raises(UserError, match=r"nowhere\.jpg: there is no such file"):
-        commands.predict(["--run", str(run), "--image", "nowhere.jpg"])
+        commands.predict(["--run", str(run), "nowhere.jpg"])
     twin = tmp_path / "street.jpg"
     twin.touch()
     with pytest.raises(UserError, match=r"both be written to street\.json"):

@@ -143,7 +143,7 @@ def test_the_commands_work_on_it_as_on_the_parent(run: Path, output: Path, demo_
         target = tmp_path / name
         arguments = ["--run", str(folder), "--task", *CHOSEN, "--output"]
         assert commands.export([*arguments, str(target / "exports")]) == 0
-        assert commands.predict([*arguments, str(target), "--image", str(image)]) == 0
+        assert commands.predict([str(image), *arguments, str(target)]) == 0
         files = [target / "exports" / task / file for task in CHOSEN for file in ("model.safetensors", "model.json")]
         written.append([(target / "000001.json").read_text(), *(file.read_bytes() for file in files)])
     assert written[0] == written[1]
