@@ -91,6 +91,8 @@ def anywhere(chance: random.Random, first: int) -> dict[str, Any]:
         return {"rank": rank, "phase": phase, "step": 4 if first < 4 else 8}
     if phase in PHASES[:5]:
         return {"rank": rank, "phase": phase, "step": chance.randrange(first, STEPS)}
+    if phase == "discarding":  # the third checkpoint is the first for which another goes
+        first = max(first, 2 * EVERY)
     step = chance.randrange(first // EVERY + 1, STEPS // EVERY + 1) * EVERY
     return {"rank": rank, "phase": phase, "step": max(step, first + 1)}
 
