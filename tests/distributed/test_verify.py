@@ -11,7 +11,7 @@ from conftest import write_recipe
 
 from distributed.ranks import end_ranks, environment
 
-RULES = ["losses", "gradients", "parameter updates", "controller updates", "batch-norm", "idle", "ranks hold"]
+RULES = ["losses", "gradients", "parameter updates", "controller updates", "running", "idle", "ranks hold"]
 
 ANOTHER_LOSS = """
 class Planted(Classification):
@@ -27,8 +27,8 @@ class Planted(Classification):
 WORLD_AVERAGE = """
 from gppf_ds.simt import engine
 
-def world_counts(owners, tasks, paths, valid):
-    counts = honest(owners, tasks, paths, valid)
+def world_counts(owners, tasks, paths, valid, experts):
+    counts = honest(owners, tasks, paths, valid, experts)
     return {owner: len(valid) if count else 0 for owner, count in counts.items()}
 
 honest, engine.usage_counts = engine.usage_counts, world_counts
