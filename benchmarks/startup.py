@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,8 @@ def wait_for(arguments: Sequence[str], text: str, limit: float) -> tuple[float, 
         if text in line or time.perf_counter() - started > limit:
             break
     wall = time.perf_counter() - started
-    process.kill()
+    # Not Popen's kill, which would take an ended process's usage with it.
+    os.kill(process.pid, signal.SIGKILL)
     _, _, usage = os.wait4(process.pid, 0)
     process.returncode = -1
     if not lines or text not in lines[-1]:
