@@ -38,6 +38,7 @@ def test_scale_measures_every_piece_for_every_number_of_devices(tmp_path: Path) 
         assert all(0 < one["min"] <= one["median"] <= one["max"] for one in pieces.values())
 
 
+@pytest.mark.long
 def test_plan_accuracy_compares_every_schedule(tmp_path: Path) -> None:
     small = ["--ranks", "2", "--rounds", "1", "--steps", "1", "--repeats", "1", "--limit", "250"]
     found = results("plan_accuracy", tmp_path, *small)["schedules"]

@@ -32,6 +32,7 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 def test_a_finished_cell_is_not_trained_again(tmp_path: Path, demo_data: Path) -> None:
     place = tmp_path / "pack/classification"
     place.mkdir(parents=True)

@@ -44,7 +44,7 @@ def test_a_step_is_exact(light_recipe: dict[str, Any], tmp_path: Path, family: s
         ("vit", 1, "accumulate", {"mutual_information_source": "gates", "mlp_top_k": 2}),
         ("swin", 2, "iid", {"token_mutual_information": 0.05, "concentration": 0.05}),
         ("vit", 3, "iid", {"task_mlp_top_k": {"digits": 3}}),
-        ("swin", 3, "per_batch", {"task_embedding": False}),
+        pytest.param("swin", 3, "per_batch", {"task_embedding": False}, marks=pytest.mark.long),
     ],
 )
 def test_a_step_with_token_level_experts_is_exact(
@@ -62,7 +62,7 @@ def test_a_step_with_token_level_experts_is_exact(
 @pytest.mark.parametrize(
     ("ranks", "stage", "clip"),
     [
-        (2, 0, 0.1),
+        pytest.param(2, 0, 0.1, marks=pytest.mark.long),
         pytest.param(2, 1, 0.0, marks=pytest.mark.long),
         pytest.param(4, 0, 0.0, marks=pytest.mark.long),
         (4, 2, 0.1),
