@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,12 +50,10 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in ("ranks", "mib", "repeats", "batch_size")}
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         argument = json.dumps({**settings, "folder": folder})
-        outcome = harness.run_ranks(harness.HERE / "async_save_rank.py", argument, args.ranks, args.limit)
-    if outcome.verdict != "ends":
-        sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
+        result = harness.result_of_ranks(harness.HERE / "async_save_rank.py", argument, args.ranks, args.limit)
     print(f"{args.ranks} ranks, a checkpoint of {args.mib} MiB each; rank 0\n")
-    print(report(outcome.result))
-    harness.save("async_save", settings, outcome.result, args.results)
+    print(report(result))
+    harness.save("async_save", settings, result, args.results)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -65,10 +64,8 @@ def measure(settings: Mapping[str, Any], limit: float) -> dict[str, Any]:
             for arm in ARMS:
                 argument = json.dumps({"annotations": str(annotations), "cached": arm != ARMS[0]})
                 script = harness.HERE / "data_start_rank.py"
-                outcome = harness.run_ranks(script, argument, settings["ranks"], limit)
-                if outcome.verdict != "ends":
-                    sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
-                found[arm].append({key: max(one[key] for one in outcome.result) for key in outcome.result[0]})
+                result = harness.result_of_ranks(script, argument, settings["ranks"], limit)
+                found[arm].append({key: max(one[key] for one in result) for key in result[0]})
         sizes = {"json": annotations.stat().st_size, "kept": sum(x.stat().st_size for x in cache.rglob("*.records"))}
     arms = {arm: {key: harness.spread([one[key] for one in runs]) for key in runs[0]} for arm, runs in found.items()}
     ratios = [a["seconds"] / b["seconds"] for a, b in zip(found[ARMS[0]], found[ARMS[2]], strict=True)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,10 +41,8 @@ def measure(recipe: Path, settings: Mapping[str, Any], folder: Path, limit: floa
         overrides = [f"--loader.workers={workers}", f"--steps={steps}", f"--output={folder}/run-{workers}"]
         overrides += ["--optimizer.warmup_steps=1", "--evaluate_every=0", f"--checkpoint.every={steps}"]
         argument = json.dumps(["--config", str(recipe), *overrides])
-        outcome = harness.run_ranks(harness.HERE / "data_wait_rank.py", argument, settings["ranks"], limit)
-        if outcome.verdict != "ends":
-            sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
-        counted = [rank[settings["warmup"] :] for rank in outcome.result]
+        ranks = harness.result_of_ranks(harness.HERE / "data_wait_rank.py", argument, settings["ranks"], limit)
+        counted = [rank[settings["warmup"] :] for rank in ranks]
         result[str(workers)] = max((_summary(rank) for rank in counted), key=lambda found: found["share"])
     return result
 

@@ -85,6 +85,14 @@ def run_ranks(script: Path, argument: str, ranks: int, limit: float) -> Outcome:
     return Outcome(verdict, reason=_last_words(lines[failed]))
 
 
+def result_of_ranks(script: Path, argument: str, ranks: int, limit: float) -> Any:
+    """What :func:`run_ranks` gives where the ranks end well; else the benchmark ends with their last words."""
+    outcome = run_ranks(script, argument, ranks, limit)
+    if outcome.verdict != "ends":
+        sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
+    return outcome.result
+
+
 def _environment(ranks: int) -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +29,7 @@ def measure(recipe: Path, settings: Mapping[str, Any], folder: Path, limit: floa
     overrides += [f"--routes_every={settings['log_every']}", f"--log_every={settings['log_every']}"]
     arguments = ["--config", str(recipe), *overrides]
     argument = json.dumps({"arguments": arguments, "warmup": settings["warmup"], "rounds": settings["steps"]})
-    outcome = harness.run_ranks(harness.HERE / "metrics_cost_rank.py", argument, settings["ranks"], limit)
-    if outcome.verdict != "ends":
-        sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
-    found = outcome.result
+    found = harness.result_of_ranks(harness.HERE / "metrics_cost_rank.py", argument, settings["ranks"], limit)
     differences = [watched - bare for bare, watched in zip(found["bare"], found["watched"], strict=True)]
     step = statistics.median(found["bare"])
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,12 +79,10 @@ def main() -> None:
         recipe = args.config or two_tasks(Path(folder))
         settings["recipe"] = recipe.name
         argument = json.dumps({**settings, "recipe": str(recipe)})
-        outcome = harness.run_ranks(harness.HERE / "plan_accuracy_rank.py", argument, args.ranks, args.limit)
-    if outcome.verdict != "ends":
-        sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
+        result = harness.result_of_ranks(harness.HERE / "plan_accuracy_rank.py", argument, args.ranks, args.limit)
     print(f"{settings['recipe']}, {args.ranks} ranks, {args.rounds} rounds of {args.steps} steps\n")
-    print(report(outcome.result))
-    harness.save("plan_accuracy", settings, outcome.result, args.results)
+    print(report(result))
+    harness.save("plan_accuracy", settings, result, args.results)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,13 +44,11 @@ def main() -> None:
     names = ("ranks", "steps", "warmup", "batch_size", "image_size", "options")
     settings = {name: getattr(args, name) for name in names}
     script = harness.HERE / "step_overhead_rank.py"
-    outcome = harness.run_ranks(script, json.dumps(settings), args.ranks, args.limit)
-    if outcome.verdict != "ends":
-        sys.exit(f"The ranks did not end well ({outcome.verdict}): {outcome.reason}")
+    result = harness.result_of_ranks(script, json.dumps(settings), args.ranks, args.limit)
     print(f"{args.ranks} ranks, {args.steps} steps of {args.batch_size} images of {args.image_size} px; batch norm is")
     print("the product's cross-task batch norm in all arms (torch.nn.SyncBatchNorm has no CPU version)\n")
-    print(report(outcome.result))
-    harness.save("step_overhead", settings, outcome.result, args.results)
+    print(report(result))
+    harness.save("step_overhead", settings, result, args.results)
 
 
 def report(result: Mapping[str, Any]) -> str:

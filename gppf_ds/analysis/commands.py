@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gppf_ds.errors import UserError
 from gppf_ds.train import recipe
+from gppf_ds.train.table import aligned
 
 
 def analyze(arguments: list[str]) -> int:
@@ -188,10 +189,7 @@ def summary(arguments: list[str]) -> int:
         values = [entry["metrics"][name][task.headline] for entry in (before, after)]
         arrow = "" if task.higher_is_better else " (lower is better)"
         rows.append((name, task.headline + arrow, *(f"{value:.4f}" for value in values)))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print()
+    print(*aligned(rows), "", sep="\n")
     saved = checkpoint.complete(options.run / "checkpoints")
     written = [
         *saved[-1:],

@@ -17,25 +17,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def usage(selections: NDArray[Any]) -> Floats:
-    """U[t, l, e]: the share of task t's selections in layer l that went to expert e.
-
-    Args:
-        selections: (tasks, layers, experts), counts or mean probabilities; nothing for an expert that a layer lacks.
-
-    Returns:
-        The same shape, rows summing to 1; a row without a selection is nan.
-    """
-    counts = np.asarray(selections, dtype=np.float64)
-    totals = counts.sum(-1, keepdims=True)
-    return np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
-
-
 def mutual_information(shares: NDArray[Any]) -> Floats:
     """I(T; E) = H(E) - H(E | T) per layer in nats, every task as likely (Mod-Squad, arXiv 2212.08066).
 
     Args:
-        shares: (tasks, layers, experts), rows summing to 1; see :func:`usage`.
+        shares: (tasks, layers, experts), rows summing to 1; see :func:`gppf_ds.backbone.moe.selections.usage`.
 
     Returns:
         (layers,): 0 where all tasks use the experts alike, log(tasks) where none shares an expert with another.
@@ -48,7 +34,7 @@ def usage_matrix(shares: NDArray[Any], tasks: Sequence[str], layers: Sequence[st
     """A panel per layer: rows are tasks, columns are experts, the colour is the share of the task's selections.
 
     Args:
-        shares: (tasks, layers, experts); see :func:`usage`.
+        shares: (tasks, layers, experts); see :func:`gppf_ds.backbone.moe.selections.usage`.
         tasks, layers: names.
     """
     count = shares.shape[-1]
@@ -69,7 +55,7 @@ def draw_mutual_information(axes: Axes, shares: NDArray[Any], layers: Sequence[s
 
     Args:
         axes: to draw into.
-        shares: (tasks, layers, experts); see :func:`usage`.
+        shares: (tasks, layers, experts); see :func:`gppf_ds.backbone.moe.selections.usage`.
         layers: names.
     """
     axes.barh(range(len(layers)), mutual_information(shares), color=COLOURS[0])

@@ -51,6 +51,7 @@ class Controller(nn.Module):
 
     def __init__(self, tasks: Sequence[str], units: Sequence[int]) -> None:
         super().__init__()
+        self.units = list(units)
         mask = torch.full((len(units), max(units)), -torch.inf)
         for layer, count in enumerate(units):
             mask[layer, :count] = 0

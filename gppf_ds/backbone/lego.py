@@ -73,6 +73,7 @@ class LegoLayer(nn.Module):
         self.moe_parts: list[str] = getattr(first.module, "parts", [])
         """Which parts of the (then only) unit have token-level experts: ``attn``, ``mlp``."""
         if self.moe_parts:
+            self.noisy = is_stochastic(first.module)
             return
         try:
             self.lockstep = Lockstep(list(self.units.values()))
@@ -120,7 +121,7 @@ class LegoLayer(nn.Module):
         unit = next(iter(self.units.values()))
         outputs, statistics = [], []
         for one, x in zip(passes, xs, strict=True):
-            if unit.training and is_stochastic(unit):
+            if unit.training and self.noisy:
                 seed, step, device = one.key
                 seed_global_generators(seed, FORWARD, step, device, self.index)
             height, width = one.images.shape[-2:]

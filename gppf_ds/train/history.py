@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+_TAIL = 2**16
+"""Bytes at the end of a file that hold its last line."""
+
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Adds a line at the end, on a line of its own also where a kill left half a line."""
@@ -31,6 +34,23 @@ def read(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return entries
+
+
+def last(path: Path) -> dict[str, Any]:
+    """The last whole line of a file of json lines; empty where there is none."""
+    if not path.is_file():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def latest(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from gppf_ds.backbone.moe.adapt import grown, new_experts, pruned, restricted, router_of, with_top_k
-from gppf_ds.backbone.moe.layout import Layout
+from gppf_ds.backbone.moe.adapt import grown, new_experts, pruned, restricted, with_top_k
+from gppf_ds.backbone.moe.layout import Layout, router_of
 from gppf_ds.backbone.moe.selections import most_used, running
 from gppf_ds.backbone.pretrained import moved
 from gppf_ds.config import FinetuneConfig, MoePlan, RunConfig

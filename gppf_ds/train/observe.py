@@ -154,12 +154,13 @@ class Observer:
     @torch.no_grad()
     def choices(self, step: int, controller: Controller, layers: Sequence[str]) -> None:
         """After ``step`` steps: which units the tasks choose, told every ``log_every`` steps by the main rank."""
-        if not self.main or step % self.config.log_every or controller.mask.shape[1] == 1:
+        if not self.main or step % self.config.log_every or max(controller.units) == 1:
             return
-        units = torch.isfinite(controller.mask).sum(-1).tolist()
         for task in controller.logits:
             rows = controller.probabilities(task).tolist()
-            self.metrics.selection(task, layers, [row[:count] for row, count in zip(rows, units, strict=True)])
+            self.metrics.selection(
+                task, layers, [row[:count] for row, count in zip(rows, controller.units, strict=True)]
+            )
 
     def experts(self, step: int, model: SimtModel) -> None:
         """After ``step`` steps: which experts the tasks use, told every ``log_every`` steps by the main rank."""

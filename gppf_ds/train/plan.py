@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Task
 from gppf_ds.train import cost_file, faults, rebalance, recipe
 from gppf_ds.train.simulation import Costs, Forecast, Layout, Tasks, simulate
+from gppf_ds.train.table import ruled
 
 AIM = 0.9
 """The busy share that --balance is after."""
@@ -128,7 +129,7 @@ def balance(
         verdict = "taken" if proposal is best else "" if proposal.fits else "too big"
         rows.append((verdict, *_summary(proposal.layout, proposal.forecast)))
     reached = "" if best.forecast.busy >= AIM else f"; no proposal reaches {AIM:.0%}"
-    return f"{_table(rows)}\n\n{file} written: busy {before.busy:.1%} -> {best.forecast.busy:.1%}{reached}"
+    return f"{ruled(rows)}\n\n{file} written: busy {before.busy:.1%} -> {best.forecast.busy:.1%}{reached}"
 
 
 def _summary(layout: Layout, forecast: Forecast) -> tuple[str, ...]:
@@ -213,7 +214,7 @@ def report(
                 f"{own:.2e}",
             )
         )
-    return f"{_table(rows)}\n\n{_of_the_run(config, costs, forecast)}"
+    return f"{ruled(rows)}\n\n{_of_the_run(config, costs, forecast)}"
 
 
 def _of_the_run(config: RunConfig, costs: Costs, forecast: Forecast) -> str:
@@ -241,9 +242,3 @@ def _gib(count: float) -> str:
 def _devices(layout: Layout) -> str:
     parts = f"{layout.ranks} ranks x {layout.per_rank} devices"
     return f"{parts} x {layout.groups} groups" if layout.groups > 1 else parts
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])

@@ -48,11 +48,10 @@ class RouteRecorder:
             controller: of all tasks.
             layers: their names.
         """
-        if not self.main or (step % self.every and step != self.steps) or controller.mask.shape[1] == 1:
+        if not self.main or (step % self.every and step != self.steps) or max(controller.units) == 1:
             return
         if step == 0 or not self.path.is_file():
-            units = torch.isfinite(controller.mask).sum(-1).tolist()
-            history.append(self.path, {"layers": list(layers), "units": units})
+            history.append(self.path, {"layers": list(layers), "units": controller.units})
         rows = torch.stack([controller.probabilities(task) for task in controller.logits]).cpu().double().numpy()
         probabilities = dict(zip(controller.logits, rows.round(_DIGITS).tolist(), strict=True))
         history.append(self.path, {"step": step, "probabilities": probabilities})

@@ -15,14 +15,13 @@ from typing import Any
 import yaml
 
 from gppf_ds.errors import UserError
-from gppf_ds.train import record
+from gppf_ds.train import history, record
+from gppf_ds.train.table import aligned
 
 _INSIDE = {"checkpoints", "exports", "smoke-data"}
 """Folders of a run that hold no runs."""
 SILENT = 600.0
 """Seconds without a sign after which a run on another machine is called silent."""
-_TAIL = 2**16
-"""Bytes at the end of a file of json lines that hold its last line."""
 
 
 @dataclass
@@ -54,9 +53,7 @@ def runs(arguments: list[str]) -> int:
         return 0
     rows = [("run", "state", "step", "last sign", "metrics")]
     rows += [(run.name, run.state, f"{run.step}/{run.steps}", _ago(run.age), run.metrics) for run in found]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*aligned(rows), sep="\n")
     return 0
 
 
@@ -71,7 +68,7 @@ def find(folder: Path) -> Iterator[Path]:
 def read(path: Path, folder: Path) -> Run:
     """What a run folder says of its run."""
     config = yaml.safe_load((path / "config.yaml").read_text())
-    lines = [_last_line(path / name) for name in ("metrics.jsonl", record.LAUNCHES)]
+    lines = [history.last(path / name) for name in ("metrics.jsonl", record.LAUNCHES)]
     results = path / "results.json"
     evaluated = json.loads(results.read_text())[-1:] if results.is_file() else []
     step = max(int(line.get("step", 0)) for line in [*lines, *evaluated])
@@ -96,23 +93,6 @@ def _metrics(evaluated: list[dict[str, Any]], losses: dict[str, float]) -> str:
         firsts = {task: next(iter(values.items()), None) for task, values in evaluated[-1]["metrics"].items()}
         return ", ".join(f"{task} {first[0]} {first[1]:.4f}" for task, first in firsts.items() if first)
     return ", ".join(f"{task} loss {value:.4f}" for task, value in losses.items())
-
-
-def _last_line(path: Path) -> dict[str, Any]:
-    """The last whole line of a file of json lines; empty where there is none."""
-    if not path.is_file():
-        return {}
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        lines = file.read().decode(errors="replace").splitlines()
-    for line in reversed(lines):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _ago(seconds: float) -> str:

@@ -27,6 +27,7 @@ from gppf_ds.train.deviation import buffer_errors, relative, state_errors, updat
 from gppf_ds.train.feed import Feed
 from gppf_ds.train.recipe import Recipe
 from gppf_ds.train.start import start
+from gppf_ds.train.table import ruled
 
 TOLERANCE = {"fp32": 1e-5, "bf16": 0.1}
 """bf16 keeps 8 bits, and through a deep network with batch norm its rounding alone moves gradients by percents; a rule
@@ -124,9 +125,7 @@ def table(findings: Sequence[Finding], stage: int, precision: str) -> str:
     for finding in findings:
         verdict = "ok" if finding.holds else f"MISMATCH (tolerance {finding.tolerance:.0e})"
         rows.append((finding.rule, f"{stage}, {precision}", f"{finding.error:.1e}  {finding.where}", verdict))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-+-".join("-" * width for width in widths), *lines[1:]])
+    return ruled(rows)
 
 
 def _run_engine(run: Recipe, feed: Feed, device: torch.device, steps: int) -> Observed:

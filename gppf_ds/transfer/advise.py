@@ -31,6 +31,7 @@ from gppf_ds.train import recipe
 from gppf_ds.train.inherit import resolve
 from gppf_ds.train.recipe import Recipe
 from gppf_ds.train.restore import Trained
+from gppf_ds.train.table import aligned
 from gppf_ds.transfer.costs import flops
 from gppf_ds.transfer.extract import ChosenPath
 from gppf_ds.transfer.linear_probe import Vectors, fit_and_predict, scores
@@ -317,8 +318,7 @@ def table(advice: Advice) -> str:
         )
         for rank, row in enumerate(advice.rows, 1)
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     title = (
         f"{advice.task} ({advice.kind}): a linear model on frozen features, fitted to {vectors['train']} vectors of "
         f"{images['train']} training images, judged on {vectors['val']} of {images['val']} validation images"

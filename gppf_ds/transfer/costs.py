@@ -26,6 +26,7 @@ from gppf_ds.errors import SampleError, UserError
 from gppf_ds.tasks.task import Batch, Head, Task
 from gppf_ds.train.memory import Run, peak_on_cpu
 from gppf_ds.train.restore import Trained
+from gppf_ds.train.table import aligned
 from gppf_ds.transfer.counts import of_task
 from gppf_ds.transfer.predict import read_image, with_equal_images
 
@@ -258,8 +259,7 @@ def table(own: Mapping[str, Any], parent: Mapping[str, Any]) -> str:
         numbers = ", ".join(f"{part} {value / 1e9:.3f}" for part, value in cost["flops"].items() if part != "total")
         sides = [text for side in (cost, whole) for text in (_milliseconds(side), f"{side['peak_memory'] / 2**20:.1f}")]
         rows.append((name, size, numbers, *sides))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     left, whole = own["parameters"]["total"], parent["parameters"]["total"]
     return "\n".join([*lines, f"parameters: {left:,} of the parent's {whole:,}"])
 

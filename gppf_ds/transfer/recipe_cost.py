@@ -10,6 +10,7 @@ from gppf_ds.train.finetune import last_checkpoint
 from gppf_ds.train.recipe import Recipe
 from gppf_ds.train.restore import Trained
 from gppf_ds.train.start import start
+from gppf_ds.train.table import aligned
 from gppf_ds.transfer import costs, counts
 
 
@@ -30,8 +31,7 @@ def table(run: Recipe, device: torch.device) -> str:
             continue
         height, width = one["input"]
         rows.append((name, f"{height} x {width}", f"{one['flops']['total'] / 1e9:.3f}", *sizes))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     learn, held = counts.trainable(trained), counts.resident(trained)
     lines.append(f"parameters: {learn:,} learn of {held:,} held ({learn / held:.1%})")
     if run.config.finetune.source is not None:

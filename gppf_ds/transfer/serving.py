@@ -14,6 +14,7 @@ from gppf_ds.backbone.moe.layout import Layout
 from gppf_ds.config import FinetuneConfig
 from gppf_ds.tasks.task import Batch
 from gppf_ds.train.restore import Trained, build_model
+from gppf_ds.transfer.extract import relative_difference
 
 
 @torch.no_grad()
@@ -80,5 +81,5 @@ def drift(parent: Trained, child: Trained, task: str, batches: Sequence[Batch]) 
     worst = 0.0
     for batch in batches:
         for ours, theirs in zip(maps(parent, task, batch), maps(child, task, batch), strict=True):
-            worst = max(worst, float((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-12)))
+            worst = max(worst, relative_difference(ours, theirs))
     return worst

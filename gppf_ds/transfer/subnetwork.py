@@ -21,6 +21,7 @@ from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.simt.model import learns
 from gppf_ds.simt.usage import owner_of
+from gppf_ds.train import history
 from gppf_ds.train.checkpoint import BUFFER, CONTROLLER, CONTROLLER_STATE, MASTER, CheckpointReader
 from gppf_ds.train.recipe import SMOKE_DATA
 from gppf_ds.train.record import write_record
@@ -107,7 +108,7 @@ def _copy_history(run: Path, target: Path, tasks: Collection[str]) -> None:
         if any(entry["metrics"] for entry in entries):  # tasks that were frozen have none
             (target / file.name).write_text(json.dumps(entries, indent=1) + "\n")
     if (file := run / "metrics.jsonl").is_file():
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = history.read(file)
         lines = [{**line, "tasks": own(line["tasks"]), "losses": own(line["losses"])} for line in lines]
         (target / file.name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gppf_ds.analysis.experts import mutual_information, mutual_information_by_layer, usage, usage_matrix
+from gppf_ds.analysis.experts import mutual_information, mutual_information_by_layer, usage_matrix
+from gppf_ds.backbone.moe.selections import usage
 
 
 def test_usage_is_a_share_of_the_selections() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from gppf_ds.backbone.moe.layout import Layout, TaskLayout, is_mlp
+from gppf_ds.backbone.moe.layout import Layout, TaskLayout, is_mlp, router_of
 from gppf_ds.backbone.moe.selections import Selections
 from gppf_ds.errors import UserError
 
@@ -72,25 +71,6 @@ def grown(layout: Layout, new: Mapping[str, Sequence[int]], like: Mapping[str, T
     for name, other in like.items():
         tasks[name] = TaskLayout({layer: list(all_) for layer, all_ in experts.items()}, dict(other.top_k))
     return Layout(experts, tasks)
-
-
-@dataclass(frozen=True)
-class RouterTensor:
-    """What the name of a tensor of a router says."""
-
-    layer: str
-    """Of the router: ``LAYER.mlp`` or ``LAYER.attn``."""
-    task: str
-    tensor: str
-    """``weight``, ``probability``, ``usage`` or ``updates``."""
-
-
-def router_of(name: str) -> RouterTensor | None:
-    """Of a parameter or buffer of :class:`gppf_ds.simt.model.SimtModel`; None where it is of no router."""
-    parts = name.split(".")
-    if parts[0] != "backbone" or len(parts) < 4 or parts[-3] != "routers":
-        return None
-    return RouterTensor(f"{parts[2]}.{parts[-4]}", parts[-2], parts[-1])
 
 
 def rows_kept(name: str, old: Layout, new: Layout) -> list[int] | None:

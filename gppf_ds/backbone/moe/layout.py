@@ -72,3 +72,22 @@ class Layout:
 def is_mlp(layer: str) -> bool:
     """Whether an MoE layer of this name is an MLP (else attention)."""
     return layer.endswith(".mlp")
+
+
+@dataclass(frozen=True)
+class RouterTensor:
+    """What the name of a tensor of a router says."""
+
+    layer: str
+    """Of the router: ``LAYER.mlp`` or ``LAYER.attn``."""
+    task: str
+    tensor: str
+    """``weight``, ``probability``, ``usage`` or ``updates``."""
+
+
+def router_of(name: str) -> RouterTensor | None:
+    """Of a parameter or buffer of :class:`gppf_ds.simt.model.SimtModel`; None where it is of no router."""
+    parts = name.split(".")
+    if parts[0] != "backbone" or len(parts) < 4 or parts[-3] != "routers":
+        return None
+    return RouterTensor(f"{parts[2]}.{parts[-4]}", parts[-2], parts[-1])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gppf_ds.backbone.moe.layout import Layout
+from gppf_ds.backbone.moe.layout import Layout, router_of
 
 Selections = dict[str, dict[str, dict[int, float]]]
 """By task, MoE layer and expert: how many choices fell on it, or which share of them."""
@@ -23,11 +24,10 @@ def running(buffers: Iterable[tuple[str, Tensor]], layout: Layout) -> Selections
     """
     found: Selections = {task: {} for task in layout.tasks}
     for name, tensor in buffers:
-        parts = name.split(".")
-        if parts[-1] == "usage" and parts[-3] == "routers":
-            layer, task = f"{parts[2]}.{parts[-4]}", parts[-2]
-            experts = layout.tasks[task].experts[layer]
-            found[task][layer] = dict(zip(experts, tensor.tolist(), strict=True))
+        router = router_of(name)
+        if router is not None and router.tensor == "usage":
+            experts = layout.tasks[router.task].experts[router.layer]
+            found[router.task][router.layer] = dict(zip(experts, tensor.tolist(), strict=True))
     return found
 
 
@@ -44,8 +44,21 @@ def as_array(selections: Selections, layout: Layout) -> tuple[NDArray[np.float64
         for column, layer in enumerate(layers):
             for expert, count in selections[task].get(layer, {}).items():
                 counts[row, column, expert] = count
+    return usage(counts), tasks, layers
+
+
+def usage(selections: NDArray[Any]) -> NDArray[np.float64]:
+    """U[t, l, e]: the share of task t's selections in layer l that went to expert e.
+
+    Args:
+        selections: (tasks, layers, experts), counts or mean probabilities; nothing for an expert that a layer lacks.
+
+    Returns:
+        The same shape, rows summing to 1; a row without a selection is nan.
+    """
+    counts = np.asarray(selections, dtype=np.float64)
     totals = counts.sum(-1, keepdims=True)
-    return np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0), tasks, layers
+    return np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
 
 
 def most_used(selections: Selections, tasks: Sequence[str], layer: str, among: Sequence[int]) -> list[int]:

@@ -60,10 +60,10 @@ def routing_of(
     flat = torch.cat([part.reshape(-1) for part in parts])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(flat)
-    totals = iter(flat.split([part.numel() for part in parts]))
-    rows = {name: next(totals).view_as(tensor) for name, tensor in local.items()}
-    counts = {name: next(totals).view_as(tensor).cpu() for name, tensor in users.items()}
-    present = next(totals)
+    groups = (local.values(), users.values(), [devices])
+    sums, used, present = flat.split([sum(part.numel() for part in group) for group in groups])
+    rows = _parted(sums, local)
+    counts = _parted(used.cpu(), users)  # at once: a GPU is waited for at every copy
     # The task average will divide by how many devices ran the task.
     share = present[:, None, None]
     live = {name: rows[name] + share * (own - own.detach()) for name, own in local.items()}
@@ -71,6 +71,12 @@ def routing_of(
     for name, layer in layers.items():
         keep_running(layer, tasks, rows[name], config.momentum)
     return Routing(loss, counts)
+
+
+def _parted(flat: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A flat tensor as tensors of these shapes."""
+    parts = flat.split([tensor.numel() for tensor in like.values()])
+    return {name: part.view_as(tensor) for part, (name, tensor) in zip(parts, like.items(), strict=True)}
 
 
 def losses(sums: Tensor, running: Tensor, config: MoeConfig) -> Tensor:

@@ -1,0 +1,21 @@
+"""Tables of text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
+    """A line for each row, its cells as wide as the widest of their column."""
+    widths = _widths(rows)
+    return [gap.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def ruled(rows: Sequence[Sequence[str]]) -> str:
+    """With bars between the columns and a line below the first row."""
+    head, *lines = aligned(rows, " | ")
+    return "\n".join([head, "-+-".join("-" * width for width in _widths(rows)), *lines])
+
+
+def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*rows, strict=True)]
