@@ -163,6 +163,9 @@ class EngineConfig:
     """Virtual devices K: task batches that a rank advances through the backbone together."""
     accumulation: int = 1
     """Gradient accumulation: this many groups of devices one after another in one optimizer step."""
+    average: Literal["task", "world"] = "task"
+    """What gradients are divided by. task: the devices that used the parameter. world: all devices, and what nobody
+    used steps too, as under DDP or plain DeepSpeed: to measure what the task average is worth."""
     expert_parallel: int = 1
     """Ranks that hold the experts of every MoE-MLP together (DeepSpeed's ep_size); 1: every rank holds them all."""
     deepspeed: str | None = None
@@ -308,4 +311,8 @@ class RunConfig:
         require(
             self.optimizer.warmup_steps < self.steps,
             f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must be below steps ({self.steps}).",
+        )
+        require(
+            self.engine.average == "task" or self.schedule.kind != "accumulate",
+            "schedule.kind accumulate has an average of its own: set engine.average to task, or another schedule.",
         )

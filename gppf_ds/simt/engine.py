@@ -45,6 +45,16 @@ class StepReport:
     """The unit of every layer that each device ran, (devices, layers); None where devices mix all units."""
     experts: ExpertUsers = field(default_factory=dict)
     """How many devices of each task sent tokens to each expert."""
+    norms: Sequence[tuple[Owner, Tensor]] = ()
+    """Of the fused gradient of every parameter that this rank holds, before clipping; none with fp16."""
+
+    def gradient_norms(self) -> dict[Owner, float]:
+        """The norm of the fused gradient by owner, 0 for those that nobody used; waits for the device."""
+        values = torch.stack([norm for _, norm in self.norms]).tolist() if self.norms else []
+        squares = dict.fromkeys(self.counts, 0.0) if values else {}
+        for (owner, _), value in zip(self.norms, values, strict=True):
+            squares[owner] = squares.get(owner, 0.0) + value**2
+        return {owner: square**0.5 for owner, square in squares.items()}
 
 
 class SimtEngine:
@@ -100,6 +110,7 @@ class SimtEngine:
             self.expert_parallel.take_over_norm(self.engine, self.stage)
         self.audit = Audit() if config.engine.audit else None
         self._head_batches: Counter[str] = Counter()
+        self._norms: list[tuple[Owner, Tensor]] = []
 
     def _take_over_reduction(self) -> LayerwiseReduction:
         """Gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
@@ -188,7 +199,7 @@ class SimtEngine:
                         job.passing.route.weights.register_hook(torch.zeros_like)
                 if number == len(groups):
                     counts = usage_counts(self._distinct_owners, tasks, paths, valid, experts)
-                    shares = divisors(counts, len(tasks), len(set(tasks)), self.config.schedule.kind)
+                    shares = divisors(counts, len(tasks), len(set(tasks)), self.config)
                     self.reduction.begin(shares, strict=bool(valid.all()))
                 self.engine.backward(loss, scale_wrt_gas=False)
             self.reduction.finish()
@@ -198,8 +209,8 @@ class SimtEngine:
                 for parameter, _ in self.parameters:
                     parameter.grad = None
         if self.stage == 3:
-            self._clear_stale_partitions(counts)
-        return StepReport(losses, valid, self._update(shares, skipped), counts, paths, experts)
+            self._clear_stale_partitions(shares)
+        return StepReport(losses, valid, self._update(shares, skipped), counts, paths, experts, self._norms)
 
     def _count_experts(self, routing: Routing, experts: defaultdict[Owner, Counter[str]]) -> None:
         """Adds the devices that sent tokens to each expert."""
@@ -322,11 +333,11 @@ class SimtEngine:
             with self.engine.coalesce_grad_reduction():
                 yield
 
-    def _clear_stale_partitions(self, counts: Mapping[Owner, int]) -> None:
+    def _clear_stale_partitions(self, shares: Mapping[Owner, int]) -> None:
         """DeepSpeed keeps the reduced gradient of a parameter until the next one comes; clipping would count it."""
         partitions = self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
         for parameter, owner in self.parameters:
-            if counts[owner] == 0 and parameter.ds_id in partitions:
+            if shares[owner] == 0 and parameter.ds_id in partitions:
                 partitions[parameter.ds_id].zero_()
 
     def _finite_devices(self, jobs: Sequence[Job], outcomes: Sequence[DeviceLoss], num_devices: int) -> np.ndarray:
@@ -340,11 +351,14 @@ class SimtEngine:
 
     def _reason_to_skip(self, valid: np.ndarray) -> str | None:
         """Why this step must change nothing, if so: the same answer on every rank."""
+        self._norms = []
         if not valid.any():
             return "non_finite_loss"
         if self.precision == "fp16":  # the loss scaler looks at the gradients
             return None
-        norms = torch._foreach_norm([p.grad for p, _ in self.parameters if p.grad is not None])
+        held = [(p.grad, owner) for p, owner in self.parameters if p.grad is not None]
+        norms = torch._foreach_norm([gradient for gradient, _ in held])
+        self._norms = [(owner, norm) for (_, owner), norm in zip(held, norms, strict=True)]
         bad = (~torch.isfinite(torch.stack(norms)).all()).float()
         if self.world_size > 1:
             dist.all_reduce(bad)

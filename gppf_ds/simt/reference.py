@@ -77,12 +77,11 @@ class Reference:
             name: sum(uses(name, *choice) for choice in choices) if parameter.requires_grad else 0
             for name, parameter in self.model.named_parameters()
         }
-        per_task = len(tasks) // len(set(tasks)) if self.config.schedule.kind == "accumulate" else None
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in trained:
-            parameter.grad = _average(parameter, users[name], per_task)
+            parameter.grad = _average(parameter, self._divisor(users[name], tasks))
         for task, row in self.controller.logits.items():
-            row.grad = _average(row, sum(one.route.task == task for one in contributing), per_task)
+            row.grad = _average(row, self._divisor(sum(one.route.task == task for one in contributing), tasks))
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grad_norm_([p for _, p in trained], self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
@@ -90,6 +89,17 @@ class Reference:
         self.optimizer.step()
         self.controller_optimizer.step()
         return terms, users
+
+    def _divisor(self, users: int, tasks: Sequence[str]) -> int:
+        """Of the sum of a parameter's gradients: how many devices use it.
+
+        With schedule.kind accumulate, the devices that run one task: the gradient of the sum of tasks' means. With
+        engine.average world, all devices.
+        """
+        if self.config.engine.average == "world":
+            return len(tasks)
+        per_task = len(tasks) // len(set(tasks)) if self.config.schedule.kind == "accumulate" else None
+        return users and (per_task or users)
 
     def _backward(
         self, step: int, devices: range, tasks: Sequence[str], batches: Sequence[Batch], routes: Sequence[Route]
@@ -234,11 +244,8 @@ def uses(name: str, task: str, path: tuple[int, ...] | None, chosen: Collection[
     return True
 
 
-def _average(parameter: nn.Parameter, users: int, per_task: int | None) -> Tensor | None:
-    """The sum of the users' gradients, divided by how many they are; None where there is none.
-
-    With schedule.kind accumulate, divided by the devices that run one task: the gradient of the sum of tasks' means.
-    """
-    if users == 0:
+def _average(parameter: nn.Parameter, divisor: int) -> Tensor | None:
+    """The sum of the devices' gradients, divided; None, for no step at all, where the divisor is 0."""
+    if divisor == 0:
         return None
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / (per_task or users)
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad / divisor

@@ -11,6 +11,8 @@ from itertools import compress
 
 import numpy as np
 
+from gppf_ds.config import RunConfig
+
 Owner = tuple[str, ...]
 """Who decides whether a device uses a parameter: ``("all",)``, ``("task", name)``, ``("unit", layer, unit)`` or
 ``("expert", MoE layer, expert)``."""
@@ -70,18 +72,21 @@ def usage_counts(
     return counts
 
 
-def divisors(counts: Mapping[Owner, int], num_devices: int, tasks: int, kind: str) -> Mapping[Owner, int]:
+def divisors(counts: Mapping[Owner, int], num_devices: int, tasks: int, config: RunConfig) -> Mapping[Owner, int]:
     """What the sum of a parameter's gradients is divided by: its users, see :func:`usage_counts`.
 
     With schedule.kind accumulate the gradient is that of the sum over the tasks of each task's mean over the ranks, so
-    that what is used at all is divided by the number of devices that run one task.
+    that what is used at all is divided by the number of devices that run one task. With engine.average world everything
+    is divided by the number of devices, and what nobody used takes its step, with a gradient of zero.
 
     Args:
         counts: of users.
         num_devices: of all ranks.
         tasks: how many.
-        kind: of schedule.
+        config: of the run.
     """
-    if kind != "accumulate":
+    if config.engine.average == "world":
+        return dict.fromkeys(counts, num_devices)
+    if config.schedule.kind != "accumulate":
         return counts
     return {owner: num_devices // tasks if count else 0 for owner, count in counts.items()}

@@ -212,7 +212,8 @@ def _compare(
         parameter_errors |= {f"step {step}, {name}": error for name, error in updates.items()}
         updates = update_errors(ours.rows[step + 1], rows, ours.rows[step], reference.controller_optimizer)
         row_errors |= {f"step {step}, {name}": error for name, error in updates.items()}
-        unused = {name for name, count in users.items() if count == 0}
+        everything_steps = run.config.engine.average == "world"
+        unused = {name for name, count in users.items() if count == 0 and not everything_steps}
         moved += [f"step {step}, {name}" for told in everyone for name in sorted(unused & told.changed[step])]
         idle += len(unused)
 

@@ -75,6 +75,12 @@ def test_a_device_without_a_finite_loss_contributes_nothing() -> None:
     check(3, [{"stage": 2, "failing": failing, "routing": "hard"}])
 
 
+def test_the_world_average_is_what_ddp_would_give() -> None:
+    """The sum over the devices divided by all of them; what nobody used takes its step with a gradient of zero."""
+    check(2, [{"stage": stage, "average": "world", "clip": 0.5} for stage in (0, 1, 2, 3)])
+    check(2, [{"stage": 2, "average": "world", "devices": 2, "optimizer": "adamw", "learning_rate": 0.001}])
+
+
 def test_bf16_stays_near_fp32() -> None:
     """Autocast keeps 8 bits of each activation: what moved agrees to 10 % after five steps, what was idle exactly."""
     check(2, [{"stage": stage, "precision": "bf16", "learning_rate": 0.005} for stage in (0, 1, 2, 3)], tolerance=0.1)
