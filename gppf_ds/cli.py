@@ -28,6 +28,7 @@ COMMANDS = {
     "check-data": ("gppf_ds.train.commands:check_data", "what of a recipe's data is there, complete and sound"),
     "reproduce": ("gppf_ds.train.commands:reproduce", "our results beside the published rows"),
     "grid": ("gppf_ds.train.grid:grid", "train every cell of a grid of settings, with any number of workers"),
+    "study": ("gppf_ds.study.commands:study", "compare recipes over seeds: run what is missing, tables and figures"),
     "prepare-data": ("gppf_ds.data.commands:prepare_data", "write the annotations of a UODB set as COCO json"),
     "demo-data": ("gppf_ds.data.commands:demo_data", "make the demo data sets from bundled real images"),
     "doctor": ("gppf_ds.doctor:main", "what is installed here, and what would not work and why"),

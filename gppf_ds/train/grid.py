@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import shlex
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from gppf_ds.errors import UserError
 from gppf_ds.train import recipe
+from gppf_ds.train.claims import result, work
 
 RATES = tuple(10 ** (-4 + step / 2) for step in range(7))
 DECAYS = (0.0, *(10 ** (-6 + step / 2) for step in range(7)))
@@ -71,7 +67,7 @@ def grid(arguments: list[str]) -> int:
         recipe.check(run)
         for cell in cells:
             command = [*shlex.split(options.launch), "train", *rest, *cell.overrides]
-            failed |= not _work(cell, run.config.steps, command)
+            failed |= work(cell.folder, run.config.steps, command) == "failed"
     ((name, task),) = run.tasks.items()
     print(table(cells, run.config.steps, name, task.headline))
     return int(failed)
@@ -82,47 +78,11 @@ def grid_cells(output: Path) -> list[Cell]:
     return [Cell(rate, decay, output / f"lr{rate:.2g}_wd{decay:.2g}") for rate in RATES for decay in DECAYS]
 
 
-def _work(cell: Cell, steps: int, command: list[str]) -> bool:
-    """Trains a cell unless it is done or another worker's; a failure (False) leaves the cell for the next start."""
-    with _claimed(cell.folder) as descriptor:
-        if descriptor is None or result(cell, steps) is not None:
-            return True
-        print(shlex.join(command), flush=True)
-        # The run holds the claim too: it outlives a worker that is killed.
-        code = subprocess.run(command, pass_fds=(descriptor,), check=False).returncode
-        if code:
-            print(f"{cell.folder}: the run ended with code {code}, see above.", file=sys.stderr, flush=True)
-        return code == 0
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[int | None]:
-    """A lock on the folder's claim file, or None where another worker has it; the system lets go of a dead worker's."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "claim").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
-        except OSError as error:
-            raise UserError(f"{folder} is on a file system without locks ({error.strerror}): move output.") from error
-        yield file.fileno()
-
-
-def result(cell: Cell, steps: int) -> dict[str, dict[str, float]] | None:
-    """The metrics by task of a run that has come to its end, else None."""
-    path = cell.folder / "results.json"
-    entries = json.loads(path.read_text()) if path.is_file() else []
-    done = [entry["metrics"] for entry in entries if entry["step"] >= steps]
-    return done[-1] if done else None
-
-
 def table(cells: list[Cell], steps: int, task: str, headline: str) -> str:
     """Learning rates down, weight decays across, in percent; a dash where a run has not come to its end."""
     values: dict[tuple[float, float], float] = {}
     for cell in cells:
-        if (metrics := result(cell, steps)) is not None and headline in metrics[task]:
+        if (metrics := result(cell.folder, steps)) is not None and headline in metrics[task]:
             values[cell.rate, cell.decay] = metrics[task][headline]
     lines = [f"{task}: {headline} in percent after {steps} steps, {len(values)} of {len(cells)} runs"]
     lines.append("rate \\ decay" + "".join(f"{decay:>9.2g}" for decay in DECAYS))

@@ -42,18 +42,33 @@ def resolve(files: Sequence[Path]) -> Resolved:
     resolved = Resolved({}, {})
     for file in files:
         for path, own in _lineage(file):
-            tasks = own.get("tasks")
-            removed = [name for name, task in tasks.items() if task is None] if isinstance(tasks, dict) else []
-            inherited = resolved.content.get("tasks") or {}
-            for name in removed:
-                if name not in inherited:
-                    there = ", ".join(inherited) or "no tasks"
-                    raise UserError(f"{path}: tasks.{name} is null, which removes it, but there are only {there}.")
-            resolved.content = _merge(resolved.content, own)
-            for name in removed:
-                del resolved.content["tasks"][name]
+            resolved.content = laid_over(resolved.content, own, str(path))
             resolved.places |= dict.fromkeys(_dotted(own), path)
     return resolved
+
+
+def laid_over(base: Content, own: Content, place: str) -> Content:
+    """What a recipe says that inherits another one; see :func:`resolve`.
+
+    Args:
+        base: what is inherited.
+        own: laid over it.
+        place: where ``own`` comes from, for messages.
+
+    Raises:
+        UserError: ``own`` removes a task that is not there.
+    """
+    tasks = own.get("tasks")
+    removed = [name for name, task in tasks.items() if task is None] if isinstance(tasks, dict) else []
+    inherited = base.get("tasks") or {}
+    for name in removed:
+        if name not in inherited:
+            there = ", ".join(inherited) or "no tasks"
+            raise UserError(f"{place}: tasks.{name} is null, which removes it, but there are only {there}.")
+    content: Content = _merge(base, own)
+    for name in removed:
+        del content["tasks"][name]
+    return content
 
 
 def _lineage(file: Path) -> list[tuple[Path, Content]]:

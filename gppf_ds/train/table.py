@@ -17,5 +17,12 @@ def ruled(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([head, "-+-".join("-" * width for width in _widths(rows)), *lines])
 
 
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown, the first row its head, that is easy to read as text too."""
+    rule = ["-" * max(3, width) for width in _widths(rows)]
+    head, *lines = ([cell.ljust(len(dashes)) for cell, dashes in zip(row, rule, strict=True)] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *lines))
+
+
 def _widths(rows: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*rows, strict=True)]

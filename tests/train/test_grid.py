@@ -14,7 +14,8 @@ import yaml
 from gppf_ds.data.sets.classification import SOURCES
 from gppf_ds.errors import UserError
 from gppf_ds.train import grid as module
-from gppf_ds.train.grid import Cell, grid, grid_cells, result
+from gppf_ds.train.claims import result
+from gppf_ds.train.grid import Cell, grid, grid_cells
 
 TRAINER = """
 import json, pathlib, sys
@@ -109,7 +110,7 @@ def test_a_cell_is_trained_for_real(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert grid(["--config", str(recipe)]) == 0
     (cell,) = grid_cells(Path("runs/grid"))
-    metrics = result(cell, 2)
+    metrics = result(cell.folder, 2)
     assert metrics is not None
     assert 0 <= metrics["pets"]["mean_class"] <= 1
     config = yaml.safe_load((cell.folder / "config.yaml").read_text())
