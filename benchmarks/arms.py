@@ -54,7 +54,7 @@ class Arm(Protocol):
 
 
 class Simt:
-    """The product: one device per rank."""
+    """The product, by default with one device per rank."""
 
     def __init__(self, config: RunConfig, heads: Heads, device: torch.device) -> None:
         model, controller = build(config, heads)
@@ -63,10 +63,16 @@ class Simt:
 
     def step(self, number: int, tasks: Sequence[str], batch: Batch) -> None:
         """One optimizer step: ``tasks`` of all ranks, ``batch`` of this one."""
-        rank = self.engine.rank
-        route = self.engine.route(tasks[rank], number, rank)
-        passing = Pass(batch.images, route, (self.engine.config.seed, number, rank))
-        self.engine.step(number, tasks, [[Job(rank, tasks[rank], batch, passing)]])
+        self.step_devices(number, tasks, [batch])
+
+    def step_devices(self, number: int, tasks: Sequence[str], batches: Sequence[Batch]) -> None:
+        """One optimizer step: ``tasks`` of all devices of all ranks, ``batches`` of this rank's."""
+        jobs = []
+        for device, batch in zip(self.engine.devices()[0], batches, strict=True):
+            route = self.engine.route(tasks[device], number, device)
+            passing = Pass(batch.images, route, (self.engine.config.seed, number, device))
+            jobs.append(Job(device, tasks[device], batch, passing))
+        self.engine.step(number, tasks, [jobs])
 
     def parameters(self) -> dict[str, Tensor]:
         """By name, whole, on the CPU; a collective call."""
@@ -124,6 +130,68 @@ class Ddp:
         self.optimizer.zero_grad()
         self.wrapped(number, tasks[dist.get_rank()], batch).backward()
         self.optimizer.step()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, on the CPU."""
+        return self.module.values()
+
+
+class OneTaskDdp:
+    """One task per iteration on all ranks: plain DDP, with a wrapper for every task around what that task runs.
+
+    Hooks of a wrapper do nothing in the iterations of the others, so that no graph is searched for what is unused.
+    """
+
+    def __init__(self, config: RunConfig, heads: Heads, device: torch.device) -> None:
+        self.module = PlainNetwork(config, heads).to(device)
+        names = self.module.controller.logits
+        self.wrapped = {n: DistributedDataParallel(_OneTask(self.module, n), broadcast_buffers=False) for n in names}
+        self.optimizer = _optimizer(self.module, config)
+
+    def step(self, number: int, tasks: Sequence[str], batch: Batch) -> None:
+        """One optimizer step; ``tasks`` are the same on all ranks."""
+        self.optimizer.zero_grad()
+        self.wrapped[tasks[dist.get_rank()]](number, batch).backward()
+        self.optimizer.step()
+
+    def parameters(self) -> dict[str, Tensor]:
+        """By name, on the CPU."""
+        return self.module.values()
+
+
+class _OneTask(nn.Module):
+    """What a task runs of a network, and nothing else."""
+
+    def __init__(self, plain: PlainNetwork, task: str) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([plain.network.backbone, plain.network.heads.bank[task]])
+        self.logits = plain.controller.logits[task]
+        self.task = task
+        self.run = plain.forward
+
+    def forward(self, number: int, batch: Batch) -> Tensor:
+        return self.run(number, self.task, batch)
+
+
+class EveryTaskDdp:
+    """Every task in every step on every rank: a backward pass for each, and gradients are reduced in the last one.
+
+    There a zero dummy loss touches the parameters that only the other tasks use, so that DDP reduces what they left.
+    """
+
+    def __init__(self, config: RunConfig, heads: Heads, device: torch.device) -> None:
+        self.ddp = Ddp(config, heads, device, dummy=True)
+        self.module = self.ddp.module
+
+    def step_tasks(self, number: int, batches: Mapping[str, Batch]) -> None:
+        """One optimizer step on this rank's ``batches`` of all tasks."""
+        self.ddp.optimizer.zero_grad()
+        *others, last = batches
+        with self.ddp.wrapped.no_sync():
+            for task in others:
+                self.ddp.wrapped(number, task, batches[task]).backward()
+        self.ddp.wrapped(number, last, batches[last]).backward()
+        self.ddp.optimizer.step()
 
     def parameters(self) -> dict[str, Tensor]:
         """By name, on the CPU."""

@@ -64,7 +64,7 @@ def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "backbones.json").read_text())["result"]["resnet50"]
-    assert len(found["ratios"]) == 4
+    assert len(found["ratios"]) == 6
     assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
     assert 0 < found["memory"]["checkpoint"] < 0.5 * found["memory"]["plain"]
 
