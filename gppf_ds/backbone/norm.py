@@ -162,7 +162,8 @@ class _CrossTaskBatchNorm(torch.autograd.Function):
             pooled[slot] += own
             direct.append(dx)
             own_sums.append(own)
-        _all_reduce(pooled, plan.policy.group)
+        if plan.policy.synchronise:
+            _all_reduce(pooled, plan.policy.group)
 
         x_grads = []
         for lane, (slot, x) in enumerate(zip(plan.slots, xs, strict=True)):

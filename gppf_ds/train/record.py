@@ -72,7 +72,7 @@ def write_record(folder: Path, config: str, seed: int, step: int = 0, ranks: int
     folder.mkdir(parents=True, exist_ok=True)
     if step:
         decide(folder, step, "resume", f"on {ranks} ranks, host {socket.gethostname()}")
-        for change in changes(folder / "config.yaml", config):
+        for change in _changes(folder / "config.yaml", config):
             decide(folder, step, "setting", change)
     pending = folder / "config.yaml.tmp"
     pending.write_text(config)
@@ -93,7 +93,7 @@ def write_record(folder: Path, config: str, seed: int, step: int = 0, ranks: int
     history.append(folder / LAUNCHES, launch)
 
 
-def changes(before: Path, config: str) -> Iterator[str]:
+def _changes(before: Path, config: str) -> Iterator[str]:
     """The settings that differ from those of the launch before, as KEY: OLD -> NEW."""
     if not before.is_file():
         return
