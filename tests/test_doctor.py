@@ -1,5 +1,8 @@
 """gppf-ds doctor: the table, the exit code, and that a failing probe is a row."""
 
+import os
+import re
+import socket
 import sys
 import tomllib
 from importlib import metadata
@@ -131,3 +134,25 @@ def test_a_probe_that_fails_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> No
     row = rows_by_name()["machine"]
     assert row.state == "note"
     assert row.why == "The probe failed: OSError: no such thing"
+
+
+def test_a_clock_that_is_off_is_a_note(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What stands for ssh starts the program here, with a clock of its own."""
+    (tmp_path / "sitecustomize.py").write_text("import time\nreal = time.time\ntime.time = lambda: real() + 5.0\n")
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f'#!/bin/sh\nfor command; do :; done\nPYTHONPATH={tmp_path} exec sh -c "$command"\n')
+    ssh.chmod(0o755)
+    (tmp_path / "hosts").write_text("node-1 slots=1\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with socket.socket() as taken:  # so that no all-reduce is tried
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        assert doctor.main(["--hostfile", "hosts"]) == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"node-1: clock: Its clock is \+[45]\.\d s off ours", printed), printed
+    assert "node-1: ports: In use" in printed

@@ -77,7 +77,8 @@ class Metrics:
         self.iterations = Counter("task_iterations_total", "Batches this rank trained on", ["task"], **options)
         self.loss = Gauge("task_loss", "Latest loss on this rank", ["task", "term"], **options)
         self.metric = Gauge("task_metric", "Latest value of an evaluation metric", ["task", "metric"], **options)
-        self.learning_rate = Gauge("learning_rate", "Learning rate of backbone and heads", **options)
+        self.learning_rate = Gauge("learning_rate", "Of the network, and of the controllers", ["group"], **options)
+        self.gradient_norm = Gauge("grad_norm", "Of the fused gradient, before clipping", ["group"], **options)
 
     def _routes(self, options: dict[str, Any]) -> None:
         self.temperature = Gauge("lego_temperature", "Gumbel-softmax temperature", **options)
@@ -135,10 +136,12 @@ class Metrics:
                 self.selection_ratio.labels(layer, str(unit), task).set(value)
             self.entropy_ratio.labels(layer, task).set(_entropy(row) / math.log(len(row)) if len(row) > 1 else 0.0)
 
-    def parameter_users(self, counts: Mapping[tuple[str, ...], int]) -> None:
-        """How many devices used each group of parameters in the step: the usage counts N_p by owner."""
+    def parameter_users(self, counts: Mapping[tuple[str, ...], int], norms: Mapping[tuple[str, ...], float]) -> None:
+        """Each group of parameters in the step: how many devices used it (N_p by owner), and its gradient's norm."""
         for owner, users in counts.items():
             self.users.labels("/".join(owner)).set(users)
+        for owner, norm in norms.items():
+            self.gradient_norm.labels("/".join(owner)).set(norm)
 
     def experts(self, layer: str, load: Mapping[str, Sequence[float]]) -> None:
         """The experts of a layer: how much each task gives to each of them.

@@ -42,6 +42,9 @@ _IMPOSSIBLE_ZERO = {
     "mics_shard_size": "it is untested with the task average",
 }
 
+_WRITERS = ("tensorboard", "csv_monitor")
+"""Trackers that write files, DeepSpeed's default for which is the present folder."""
+
 
 def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
     """What ``deepspeed.initialize`` gets.
@@ -69,9 +72,13 @@ def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
     }
     if engine.offload_optimizer:
         zero["offload_optimizer"] = {**(zero.get("offload_optimizer") or {}), "device": "cpu"}
+    files = {
+        key: {"output_path": config.output, "job_name": key, **settings[key]} for key in _WRITERS if key in settings
+    }
     merged: dict[str, Any] = {
         "steps_per_print": 2**31 - 1,
         **settings,
+        **files,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         # On by default (1.0) since DeepSpeed 0.19.
@@ -106,9 +113,10 @@ def _refuse_contradictions(settings: dict[str, Any], config: RunConfig) -> None:
     for key, reason in _IMPOSSIBLE.items():
         if key in settings:
             raise UserError(f"{path} sets {key!r}, which cannot work here ({reason}): remove it.")
+    for key in ("zero_optimization", *_WRITERS):
+        if not isinstance(settings.get(key, {}), dict):
+            raise UserError(f"{path}: {key!r} must be a json object.")
     zero = settings.get("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise UserError(f"{path}: 'zero_optimization' must be a json object.")
     if zero.get("stage", config.engine.zero_stage) != config.engine.zero_stage:
         raise UserError(
             f"{path} sets ZeRO stage {zero['stage']} but engine.zero_stage is {config.engine.zero_stage}: "

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from gppf_ds.errors import UserError
+from gppf_ds.simt.rendezvous import rendezvous
 
 VERIFIED = ("0.19",)
 """DeepSpeed releases whose internals were checked against ``simt/engine.py``."""
@@ -36,7 +37,8 @@ def start_distributed(timeout: float) -> torch.device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout), verbose=False)
+    patience = datetime.timedelta(seconds=timeout)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", timeout=patience, verbose=False, init_method=rendezvous())
     atexit.register(_leave)
     return device
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import sys
 import tempfile
+import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,8 @@ from gppf_ds.train import record
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 """Errors of a disk that is written; others may come from a file that is read."""
+_CAUSE = "cause.txt"
+"""In the run's folder: the first line names the launch."""
 
 
 def first_of_launch(topic: str) -> bool:
@@ -77,7 +80,7 @@ def _report(error: BaseException, folder: Path | None) -> None:
             )
     first = first_of_launch("fault")
     if folder is not None:
-        first = first and _first(folder / "cause.txt", text)
+        first = first and _first(folder / _CAUSE, text)
     if first:
         if folder is not None and record.read_state(folder).get("state") in ("starting", "running"):
             record.write_state(folder, "failed")
@@ -85,29 +88,41 @@ def _report(error: BaseException, folder: Path | None) -> None:
                 record.decide(folder, None, "failure", str(error) or type(error).__name__)
         print(text, file=sys.stderr)
     elif not isinstance(error, UserError):  # which all ranks have to say alike
-        print(f"rank {rank} stops because another rank failed", file=sys.stderr)
+        print(f"rank {rank} stops because another rank failed{_told_in(folder)}", file=sys.stderr)
+
+
+def _told_in(folder: Path | None) -> str:
+    """Where the cause is to be read, for the end of a sentence; nothing where no rank could write it down."""
+    if folder is None:
+        return ""
+    deadline = time.monotonic() + 1.0  # a rank that failed at the same moment may be about to write it
+    while not recorded(folder):
+        if time.monotonic() > deadline:
+            return ""
+        time.sleep(0.05)
+    return f"; the cause is in {folder / _CAUSE}"
 
 
 def recorded(folder: Path) -> bool:
     """Whether a rank of this launch, on any machine, has failed and left its cause."""
     try:
-        return (folder / "cause.txt").read_text().startswith(_launch() + "\n")
+        return (folder / _CAUSE).read_text().startswith(_launch() + "\n")
     except OSError:
         return False
 
 
 def leave(folder: Path, sentence: str) -> NoReturn:
     """Ends this rank, healthy or hung, after another one has failed; the sentence is added to the cause."""
-    print(sentence, file=sys.stderr, flush=True)
+    print(sentence + _told_in(folder), file=sys.stderr, flush=True)
     if recorded(folder):
-        with suppress(OSError), (folder / "cause.txt").open("a") as file:
+        with suppress(OSError), (folder / _CAUSE).open("a") as file:
             file.write(f"{sentence}\n")
     os._exit(1)
 
 
 def forget(folder: Path) -> None:
     """Removes what an earlier launch left."""
-    (folder / "cause.txt").unlink(missing_ok=True)
+    (folder / _CAUSE).unlink(missing_ok=True)
 
 
 def _launch() -> str:

@@ -51,6 +51,7 @@ class Observer:
         self.main = main
         self.folder = Path(config.output)
         self.metrics = Metrics(versions(), batch_sizes)
+        self.metrics.learning_rate.labels("controllers").set(config.controller.learning_rate)
         if config.metrics_port:
             port = config.metrics_port + int(os.environ.get("LOCAL_RANK", "0"))
             self.metrics.serve(config.metrics_address, port)
@@ -84,7 +85,7 @@ class Observer:
         self.metrics.step.set(step + 1)
         self.metrics.step_duration.observe(seconds)
         self.metrics.temperature.set(tau)
-        self.metrics.learning_rate.set(learning_rate(step, self.config))
+        self.metrics.learning_rate.labels("network").set(learning_rate(step, self.config))
         self.metrics.last_step.set(time.time())
         if report.skipped:
             self.metrics.skipped.labels(report.skipped).inc()
@@ -98,7 +99,7 @@ class Observer:
             return
         split = self.split.settle()
         if self.main:
-            self.metrics.parameter_users(report.counts)
+            self.metrics.parameter_users(report.counts, report.gradient_norms())
             line = {"step": step + 1, "seconds": round(seconds, 4), "tasks": counts, "losses": losses, "tau": tau}
             history.append(self.folder / "metrics.jsonl", {**line, "skipped": report.skipped, "split": split})
             values = {"learning_rate": learning_rate(step, self.config), "temperature": tau, "time/step": seconds}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from distributed.nursery import End, Nursery, nursery
 from distributed.planted import PHASES, RENAME_PHASES
+from distributed.ranks import environment, free_port
 from gppf_ds.train import history
 from gppf_ds.train.checkpoint import CheckpointReader, complete
 from gppf_ds.train.record import read_state
@@ -141,6 +145,40 @@ def test_kills_at_random_moments_leave_no_trace(lab: Lab, setting: str) -> None:
     assert struck >= 4
 
 
+DEEPSPEED = (
+    sys.executable,
+    "-c",
+    "from deepspeed.launcher.runner import main; main()",
+    "--num_accelerators",
+    str(RANKS),
+)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("by", ["restarts", "torchrun"])
+def test_a_killed_run_starts_again_by_itself(lab: Lab, by: str) -> None:
+    run, fault = lab.folder / by, {"kind": "kill", "rank": 1, "step": 5, "phase": "backward"}
+    planted = json.dumps({**fault, "once": str(lab.folder / f"{by}.struck")})
+    words = ["train", "--config", str(lab.recipe), f"--output={run}"]
+    if by == "restarts":
+        launch = shlex.join([*DEEPSPEED, "--master_port", str(free_port()), "--module", "distributed.planted"])
+        command = [sys.executable, "-m", "gppf_ds", *words, "--restarts", "1", "--launch", launch]
+    else:
+        command = [*TORCHRUN, "--max-restarts", "1", "-m", "distributed.planted", *words]
+    variables = environment(PLANTED=planted, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    done = subprocess.run(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("planted kill") == 1
+    assert f"resuming from {run / 'checkpoints' / 'step-00000004'}" in done.stdout
+    kinds = [line["kind"] for line in history.read(run / "decisions.jsonl")]
+    assert ("restart" in kinds) == (by == "restarts")
+    assert kinds[-1] == "resume"
+    assert_same(tensors(run), lab.undisturbed("stage 0"))
+
+
 FAILURES = [
     ({"kind": "exception", "rank": 1, "step": 3, "phase": "read"}, "ArithmeticError: planted in read"),
     ({"kind": "exception", "rank": 0, "step": 3, "phase": "update"}, "ArithmeticError: planted in update"),
@@ -169,8 +207,11 @@ def test_a_fault_ends_the_job_with_its_cause(lab: Lab, fault: dict[str, Any], ca
     assert end.killed == ([fault["rank"]] if fault["kind"] == "freeze" else [])
     assert end.lasted < 60 + 2 * TIMEOUT
     assert end.text.count("Traceback (most recent call last)") - end.text.count("direct cause") == 1, end.text
-    written = (lab.folder / name / "cause.txt").read_text()
-    assert cause in written
+    file = lab.folder / name / "cause.txt"
+    assert cause in file.read_text()
+    later = [line for line in end.text.splitlines() if "another rank failed" in line]
+    assert all(line.endswith(f"; the cause is in {file}") for line in later), later
+    assert len(later) == RANKS - 1 - len(end.killed)
     assert read_state(lab.folder / name)["state"] == "failed"
     assert history.read(lab.folder / name / "decisions.jsonl")[-1]["kind"] == "failure"
 

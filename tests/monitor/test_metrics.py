@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import write_recipe
-from distributed.ranks import environment
+from distributed.ranks import environment, free_port
 
+from gppf_ds.config import RunConfig
+from gppf_ds.errors import UserError
 from gppf_ds.monitor.metrics import DETAILED, Metrics
 
 
@@ -55,9 +60,10 @@ def test_experts(metrics: Metrics) -> None:
 
 
 def test_parameter_users_are_told_by_owner(metrics: Metrics) -> None:
-    metrics.parameter_users({("all",): 4, ("task", "digits"): 3, ("unit", "2", "0"): 1})
+    metrics.parameter_users({("all",): 4, ("task", "digits"): 3, ("unit", "2", "0"): 1}, {("all",): 0.5})
     assert value(metrics, "parameter_users", group="task/digits") == 3
     assert value(metrics, "parameter_users", group="unit/2/0") == 1
+    assert value(metrics, "grad_norm", group="all") == 0.5
 
 
 def test_memory_is_read_when_it_is_asked_for(metrics: Metrics) -> None:
@@ -67,20 +73,63 @@ def test_memory_is_read_when_it_is_asked_for(metrics: Metrics) -> None:
     assert value(metrics, "accelerator_memory_peak_bytes") == 0
 
 
+def test_nobody_elsewhere_is_served_by_default(metrics: Metrics) -> None:
+    port = free_port()
+    metrics.serve(RunConfig(output="o", steps=1).metrics_address, port)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        assert b"gppf_ds_build_info" in answer.read()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), 10)  # who listens on all addresses answers here, too
+    with pytest.raises(UserError, match=f"127.0.0.1:{port} .* metrics_port"):
+        metrics.serve("127.0.0.1", port)
+
+
 RUN = """
 import sys
 from pathlib import Path
 from prometheus_client import generate_latest
+from distributed.planted import Fault, plant
 from gppf_ds.simt.job import start_distributed
 from gppf_ds.train import recipe
 from gppf_ds.train.trainer import Trainer
+if len(sys.argv) > 2:
+    plant(Fault("nan", rank=0, step=int(sys.argv[2]), phase="forward"))
 run = recipe.read(["--config", sys.argv[1]])
 device = start_distributed(60)
 Path(run.config.output).mkdir(parents=True)
 trainer = Trainer(run.config, run.tasks, device)
 trainer.fit()
 print(generate_latest(trainer.observer.metrics.registry).decode())
+print("gradient by DeepSpeed", float(trainer.engine.engine.get_global_grad_norm() or 0))
 """
+
+
+def exported(text: str, name: str) -> dict[str, float]:
+    """The values of a metric by its labels, as they are printed."""
+    found = re.findall(rf"^gppf_ds_{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
+    return {labels: float(number) for labels, number in found}
+
+
+def test_a_run_tells_of_gradients_faults_and_checkpoints(light_recipe: dict[str, Any], tmp_path: Path) -> None:
+    light_recipe["engine"] |= {"zero_stage": 1, "devices_per_rank": 2}
+    light_recipe |= {"steps": 3, "log_every": 1, "schedule": {"kind": "static", "static": ["digits", "distance"]}}
+    command = [sys.executable, "-c", RUN, str(write_recipe(light_recipe, tmp_path)), "1"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    norms, users = exported(done.stdout, "grad_norm"), exported(done.stdout, "parameter_users")
+    assert norms.keys() == users.keys()
+    assert norms['group="task/digits"'] > 0
+    whole = float(done.stdout.rpartition("gradient by DeepSpeed ")[2])
+    assert math.sqrt(sum(norm**2 for norm in norms.values())) == pytest.approx(whole, rel=1e-5)
+
+    assert exported(done.stdout, "steps_skipped_total")['reason="non_finite_loss"'] == 1
+    dropped = exported(done.stdout, "device_contributions_dropped_total")
+    assert dropped == {'task="digits"': 1, 'task="distance"': 1}
+    assert set(exported(done.stdout, "checkpoint_duration_seconds_count")) == {'phase="stall"', 'phase="total"'}
+    assert exported(done.stdout, "checkpoint_last_timestamp_seconds")[""] == pytest.approx(time.time(), abs=300)
+    rates = exported(done.stdout, "learning_rate")
+    assert rates.keys() == {'group="controllers"', 'group="network"'}
 
 
 def test_a_run_with_experts_tells_of_them(light_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -91,13 +140,13 @@ def test_a_run_with_experts_tells_of_them(light_recipe: dict[str, Any], tmp_path
     command = [sys.executable, "-c", RUN, str(write_recipe(light_recipe, tmp_path))]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    exported = re.findall(
+    loads_of = re.findall(
         r'^gppf_ds_expert_utilization_ratio\{expert="(\d)",layer="(.+?)",task="(\w+)"\} (\S+)$', done.stdout, re.M
     )
-    tasks = {task for _, _, task, _ in exported}
-    assert {expert for expert, *_ in exported} == set("012345")
+    tasks = {task for _, _, task, _ in loads_of}
+    assert {expert for expert, *_ in loads_of} == set("012345")
     for task in tasks:
-        loads = [float(load) for _, _, own, load in exported if own == task]
+        loads = [float(load) for _, _, own, load in loads_of if own == task]
         assert sum(loads) == pytest.approx(6, abs=0.01) or not any(loads)
     assert re.search(r'^gppf_ds_dead_expert_ratio\{layer="', done.stdout, re.M)
     assert re.search(r'^gppf_ds_parameter_users\{group="expert/', done.stdout, re.M)

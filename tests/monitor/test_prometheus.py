@@ -75,6 +75,8 @@ def test_promtool_accepts_the_rules_and_the_configuration(tmp_path: Path) -> Non
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+PARTS = 'gppf_ds_step_time_seconds_total{job="gppf_ds", part='
+STEPS = 'gppf_ds_step_duration_seconds_count{job="gppf_ds"}'
 CASES = {
     "GppfDsRankGone": (
         {'up{job="gppf_ds", host="a", local_rank="1"}': "1x5 0x10"},
@@ -95,7 +97,48 @@ CASES = {
         },
         {"job": "gppf_ds", "severity": "warning"},
     ),
+    "GppfDsContributionsDropped": (
+        {'gppf_ds_device_contributions_dropped_total{job="gppf_ds", task="digits"}': "0x3 1x20"},
+        {"job": "gppf_ds", "task": "digits", "severity": "warning"},
+    ),
+    "GppfDsTaskSilent": (
+        {'gppf_ds_images_total{job="gppf_ds", task="digits"}': "8x200", STEPS: "0+10x200"},
+        {"job": "gppf_ds", "task": "digits", "severity": "warning"},
+    ),
+    "GppfDsWaitsForData": (
+        {PARTS + '"data_wait"}': "0+8x60", PARTS + '"compute"}': "0+52x60"},
+        {"job": "gppf_ds", "severity": "warning"},
+    ),
+    "GppfDsStraggler": (
+        {PARTS + '"straggler_wait"}': "0+20x60", PARTS + '"compute"}': "0+40x60"},
+        {"job": "gppf_ds", "severity": "warning"},
+    ),
+    "GppfDsUnreadableSamples": (
+        {'gppf_ds_unreadable_samples_total{job="gppf_ds", task="digits"}': "0x3 1x20"},
+        {"job": "gppf_ds", "task": "digits", "severity": "warning"},
+    ),
+    "GppfDsCheckpointOld": (
+        {'gppf_ds_checkpoint_last_timestamp_seconds{job="gppf_ds"}': "1x300"},
+        {"job": "gppf_ds", "severity": "warning"},
+    ),
+    "GppfDsDeadExperts": (
+        {'gppf_ds_dead_expert_ratio{job="gppf_ds", layer="3"}': "0.5x100"},
+        {"job": "gppf_ds", "layer": "3", "severity": "warning"},
+    ),
 }
+FIRES = {
+    "GppfDsTaskSilent": "30m",
+    "GppfDsWaitsForData": "20m",
+    "GppfDsStraggler": "20m",
+    "GppfDsCheckpointOld": "250m",
+    "GppfDsDeadExperts": "70m",
+}
+"""When, for those that do not within 13 minutes."""
+
+
+def test_every_alert_has_its_case() -> None:
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert {rule["alert"] for rule in rules} == set(CASES)
 
 
 @pytest.mark.parametrize("alert", CASES)
@@ -111,7 +154,7 @@ def test_alerts_fire_when_they_should(alert: str, tmp_path: Path) -> None:
                 "input_series": [{"series": name, "values": values} for name, values in series.items()],
                 "alert_rule_test": [
                     {"eval_time": "1m", "alertname": alert, "exp_alerts": []},
-                    {"eval_time": "13m", "alertname": alert, "exp_alerts": [{"exp_labels": labels}]},
+                    {"eval_time": FIRES.get(alert, "13m"), "alertname": alert, "exp_alerts": [{"exp_labels": labels}]},
                 ],
             }
         ],

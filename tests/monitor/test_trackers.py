@@ -26,11 +26,10 @@ def run(recipe: dict[str, Any], folder: Path, settings: dict[str, Any]) -> None:
 
 def test_values_reach_csv_files_and_deepspeed_adds_none(light_recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe = light_recipe | {"schedule": {"kind": "static", "static": ["digits"]}}
-    csv_monitor = {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "one"}
-    run(recipe, tmp_path, {"csv_monitor": csv_monitor})
+    run(recipe, tmp_path, {"csv_monitor": {"enabled": True}})
     rows = {
         file.stem: [(int(step), float(value)) for step, value in list(csv.reader(file.open()))[1:]]
-        for file in (tmp_path / "csv/one").glob("*.csv")
+        for file in (tmp_path / "run/csv_monitor").glob("*.csv")
     }
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert rows["task_digits_loss"] == [(line["step"], line["losses"]["digits"]) for line in lines]
@@ -51,3 +50,14 @@ def test_values_reach_tensorboard(light_recipe: dict[str, Any], tmp_path: Path) 
     assert {"temperature", "learning_rate", "time/step", "time/straggler_wait"} <= tags
     assert any(tag.endswith("/loss") for tag in tags)
     assert [event.step for event in events.Scalars("temperature")] == [2, 4]
+
+
+@pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+def test_values_reach_wandb(light_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    run(light_recipe, tmp_path, {"wandb": {"enabled": True, "project": "gppf"}})
+    [file] = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    written = file.read_bytes()
+    for name in ("temperature", "learning_rate", "time/step", "time/straggler_wait", "task/digits/top1"):
+        assert name.encode() in written
+    assert b"Train/Samples" not in written

@@ -69,6 +69,14 @@ def test_other_settings_of_the_user_arrive(tmp_path):
     assert made["zero_optimization"]["reduce_bucket_size"] == 123
 
 
+def test_trackers_write_into_the_run_folder_unless_told_otherwise(tmp_path):
+    settings = {"csv_monitor": {"enabled": True}, "tensorboard": {"enabled": True, "output_path": "mine"}}
+    made = deepspeed_config(run(settings, tmp_path), "fp32")
+    assert made["csv_monitor"] == {"enabled": True, "output_path": "o", "job_name": "csv_monitor"}
+    assert made["tensorboard"] == {"enabled": True, "output_path": "mine", "job_name": "tensorboard"}
+    assert "tensorboard" not in deepspeed_config(run(), "fp32")
+
+
 def test_offload(tmp_path):
     made = deepspeed_config(run(zero_stage=1, offload_optimizer=True), "fp32")
     assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
@@ -95,6 +103,7 @@ def test_offload(tmp_path):
         ({"zero_optimization": {"overlap_comm": True}}, ["zero_optimization.overlap_comm"]),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, ["engine.offload_optimizer"]),
         ({"zero_optimization": True}, ["'zero_optimization'", "object"]),
+        ({"tensorboard": True}, ["'tensorboard'", "object"]),
         ([1, 2], ["json object"]),
         ("{broken", ["not valid json"]),
     ],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from distributed.ranks import environment
 
 from gppf_ds.train.faults import first_of_launch
 
@@ -36,3 +39,35 @@ def test_a_folder_that_cannot_be_written_hides_nothing(monkeypatch: pytest.Monke
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("tempfile.tempdir", "/dev/null/nowhere")
     assert first_of_launch("topic")
+
+
+FAIL = """
+import sys
+from pathlib import Path
+from gppf_ds.train import faults
+faults.fail(ArithmeticError("of this rank"), Path(sys.argv[1]))
+"""
+
+
+def failed(rank: int, folder: Path, temporary: Path) -> str:
+    """What a rank of one launch prints whose error has nowhere to go."""
+    variables = {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1000", "TMPDIR": str(temporary)}
+    done = subprocess.run(
+        [sys.executable, "-c", FAIL, str(folder)], env=environment(**variables), capture_output=True, timeout=60
+    )
+    assert done.returncode == 1
+    return done.stderr.decode()
+
+
+def test_the_second_rank_to_fail_names_the_file_with_the_cause(tmp_path: Path) -> None:
+    assert "ArithmeticError: of this rank" in failed(1, tmp_path / "run", tmp_path)
+    cause = tmp_path / "run" / "cause.txt"
+    assert "rank 1 failed:" in cause.read_text()
+    sentence = f"rank 0 stops because another rank failed; the cause is in {cause}\n"
+    assert failed(0, tmp_path / "run", tmp_path) == sentence
+
+
+def test_no_file_is_named_where_none_could_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert "ArithmeticError: of this rank" in failed(1, tmp_path / "file" / "run", tmp_path)
+    assert failed(0, tmp_path / "file" / "run", tmp_path) == "rank 0 stops because another rank failed\n"
