@@ -23,12 +23,13 @@ MODEL, SHARD = "mp_rank_00_model_states.pt", "mp_rank_00_optim_states.pt"
 STAGE_2_GROUPS, STAGE_3_GROUPS = "single_partition_of_fp32_groups", "fp32_flat_groups"
 """The keys of a rank's fp32 masters: at ZeRO 1 and 2, and at ZeRO 3."""
 HARMLESS = (
+    "builtins.getattr",  # Python 3.11.0 to 3.11.3 pickle a member of an enumeration as getattr(class, name)
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
-"""Classes that DeepSpeed's own entries are pickled with. None of them is imported: see :class:`_Ignored`."""
+"""What DeepSpeed's own entries are pickled with. None of it is imported or called: see :class:`_Ignored`."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PlainTensor:
 
 
 class _Ignored:
-    """Stands in for a harmless class whose values the conversion does not need; takes any state and keeps nothing."""
+    """Stands in for what is harmless and whose values the conversion does not need; takes any state and keeps nothing."""
 
     def __init__(self, *arguments: object) -> None:
         pass

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import write_recipe
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from distributed.ranks import end_ranks, environment
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -271,8 +272,8 @@ def test_model_parallel_checkpoints_are_refused(copied: Path) -> None:
 
 
 class Planted:
-    def __init__(self, function: Any, argument: str) -> None:
-        self.call = function, (argument,)
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = function, arguments
 
     def __reduce__(self) -> Any:
         return self.call
@@ -291,6 +292,14 @@ def test_a_file_that_holds_code_is_refused_by_name_and_does_not_run(
     with pytest.raises(UserError, match=rf"{shard} holds .*{named}"):
         convert(folder, copied / "plain.safetensors")
     assert not marker.exists()
+
+
+def test_an_enumeration_as_python_3_11_2_pickles_it_is_harmless(copied: Path) -> None:
+    folder, member = copied / "stage2-bf16", Planted(getattr, ZeroStageEnum, "no member: getattr must not be called")
+    file = folder / "global_step2" / "mp_rank_00_model_states.pt"
+    state = torch.load(file, weights_only=False)
+    torch.save({**state, "extra": member}, file)
+    assert convert(folder, copied / "plain.safetensors").tensors > 0
 
 
 def test_the_loss_scaler_of_fp16_is_harmless(made: Path) -> None:
