@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -18,10 +17,12 @@ import torch.distributed as dist
 from gppf_ds.simt.job import start_distributed
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.train.checkpoint import TrainState
-from gppf_ds.train.saving import Saver
+from gppf_ds.train.saving import Saved, Saver
 
 PARTS = 64
 """Tensors of the checkpoint, for each rank."""
+ROW = 15
+"""Steps that are timed together without a checkpoint beside them."""
 
 
 class Bench:
@@ -54,6 +55,19 @@ class Bench:
             self.step()
         harness.synchronise(self.device)
 
+    def until_written(self) -> tuple[int, Saved]:
+        """Steps until every rank's part of the checkpoint on its way is on disk; how many, and what was written."""
+        count, saved = 0, None
+        waiting = torch.ones(1, device=self.device)
+        while waiting.item():
+            self.step()
+            count += 1
+            saved = saved or self.beside.check()
+            waiting.fill_(saved is None)
+            dist.all_reduce(waiting)
+        assert saved is not None
+        return count, saved
+
     def save(self, saver: Saver) -> None:
         """Every checkpoint of another step."""
         self.saves += 1
@@ -77,30 +91,28 @@ def main() -> None:
         bench.save(saver)
         saver.finish()
     bench.steps(3)
-    # As many steps as last half as long again as the writing, so that it ends among them.
-    pace = torch.tensor([seconds(lambda: bench.steps(5)) / 5, seconds(lambda: bench.save(bench.alone))])
-    dist.broadcast(pace, 0)
-    count = max(3, math.ceil(1.5 * float(pace[1] / pace[0])))
     found: dict[str, list[float]] = {}
 
     def note(name: str, value: float) -> None:
         found.setdefault(name, []).append(value)
 
     for _ in range(settings["repeats"]):
-        plain = seconds(lambda: bench.steps(count))
+        before = seconds(lambda: bench.steps(ROW)) / ROW
         stall = seconds(lambda: bench.save(bench.beside))
-        row = seconds(lambda: bench.steps(count))
-        saved = bench.beside.finish()
+        dist.barrier()
+        started = time.perf_counter()
+        steps, saved = bench.until_written()
+        beside = time.perf_counter() - started
         writing = seconds(lambda: bench.save(bench.alone))
-        again = seconds(lambda: bench.steps(count))
-        reference = (plain + again) / 2
-        note("a row of steps", reference)
-        note("the same beside a checkpoint", stall + row)
+        after = seconds(lambda: bench.steps(ROW)) / ROW
+        reference = (before + after) / 2
+        note("a step", reference)
+        note("a step beside a checkpoint", beside / steps)
         note("copying to host memory", stall)
-        note("writing beside the steps", saved.writing if saved else math.nan)
+        note("writing beside the steps", saved.writing)
         note("writing alone", writing)
         note("share of writing that copying took", stall / writing)
-        note("share of writing that training lost", (stall + row - reference) / writing)
+        note("share of writing that training lost", (stall + beside - steps * reference) / writing)
     harness.hand_over({name: harness.spread(values) for name, values in found.items()})
     dist.barrier()
     dist.destroy_process_group()

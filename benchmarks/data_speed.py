@@ -105,13 +105,17 @@ def _timm(folder: Path, image_size: int, rand_augment: str | None = None) -> tup
     from timm.data import create_dataset, create_transform
     from timm.data.loader import fast_collate
 
-    transform = create_transform(
-        image_size,
-        is_training=True,
-        color_jitter=None,
-        auto_augment=rand_augment,
-        interpolation="bicubic",
-        use_prefetcher=True,
+    from gppf_ds.tasks.posterize import mend  # where Pillow refuses what timm draws
+
+    transform = mend(
+        create_transform(
+            image_size,
+            is_training=True,
+            color_jitter=None,
+            auto_augment=rand_augment,
+            interpolation="bicubic",
+            use_prefetcher=True,
+        )
     )
     return create_dataset("", root=str(folder), split="train", is_training=True, transform=transform), fast_collate
 

@@ -53,11 +53,15 @@ def usage_counts(
         valid: which devices contribute to this step, shape (devices,), bool.
         experts: the valid devices that sent tokens to each expert.
     """
-    everyone, by_task = int(np.count_nonzero(valid)), Counter(compress(tasks, valid.tolist()))
+    everyone = int(np.count_nonzero(valid))
+    by_task = Counter(tasks if everyone == len(tasks) else compress(tasks, valid.tolist()))
     by_unit: list[np.ndarray] = []
     if paths is not None:
         counted = valid.astype(np.float32)  # sums of ones are exact below 2**24 devices
-        by_unit = [counted @ (paths == unit).astype(np.float32) for unit in range(int(paths.max(initial=-1)) + 1)]
+        last = int(paths.max(initial=0))
+        by_unit = [counted @ (paths == unit).astype(np.float32) for unit in range(last)]
+        # Every device chooses one unit of each layer: the rest chose the last.
+        by_unit.append(everyone - sum(by_unit, np.zeros(paths.shape[1])))
     counts: dict[Owner, int] = {}
     for owner in owners:
         match owner:

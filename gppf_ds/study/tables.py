@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 from gppf_ds.study import figures
@@ -18,22 +17,9 @@ def render(plan: Study, results: Results) -> str:
     Returns:
         The tables, and the names of the files.
     """
+    raw = as_json(plan, results)
     parts = [f"# {plan.config.title}", plan.config.question, _budget(plan, results)]
-    raw: dict[str, Any] = as_json(plan, results)
-    titles: dict[Table, tuple[str, Callable[[], str]]] = {
-        "metrics": ("", lambda: _metrics(results)),
-        "differences": (_differences_title(plan), lambda: _differences(plan, results)),
-        "curves": (f"Losses: the furthest from {plan.baseline}'s of the same seed", lambda: _curves(plan, results)),
-    }
-    for table in plan.config.tables:
-        if table == "costs":
-            from gppf_ds.study.costs import of_arms, rows
-
-            raw["costs"] = of_arms(plan)
-            parts += ["What an arm's network costs (GFLOPs of an image by task)", markdown(rows(raw["costs"]))]
-            continue
-        title, made = titles[table]
-        parts += [title, made()]
+    parts += [_section(table, plan, results, raw) for table in plan.config.tables]
     text = "\n\n".join(part for part in parts if part)
     plan.output.mkdir(parents=True, exist_ok=True)
     files = [plan.output / "study.md", plan.output / "study.json"]
@@ -41,6 +27,22 @@ def render(plan: Study, results: Results) -> str:
     files[1].write_text(json.dumps(raw, indent=1) + "\n")
     files += figures.draw(plan, results)
     return "\n".join([text, "", *map(str, files)])
+
+
+def _section(table: Table, plan: Study, results: Results, raw: dict[str, Any]) -> str:
+    """A table and its title; costs go into the raw numbers too."""
+    match table:
+        case "metrics":
+            return _metrics(results)
+        case "differences":
+            return f"More than {plan.baseline}, of the same seed\n\n{_differences(plan, results)}"
+        case "curves":
+            return f"Losses: the furthest from {plan.baseline}'s of the same seed\n\n{_curves(plan, results)}"
+        case "costs":
+            from gppf_ds.study.costs import of_arms, rows
+
+            raw["costs"] = of_arms(plan)
+            return f"What an arm's network costs (GFLOPs of an image)\n\n{markdown(rows(raw['costs']))}"
 
 
 def _budget(plan: Study, results: Results) -> str:
@@ -71,10 +73,6 @@ def _cell(found: Spread | None, seeds: int, sign: str = "") -> str:
         return "-"
     deviation = "" if found.deviation is None else f" ± {found.deviation:.4f}"
     return f"{found.mean:{sign}.4f}{deviation}" + (f" ({found.count} of {seeds})" if found.count < seeds else "")
-
-
-def _differences_title(plan: Study) -> str:
-    return f"More than {plan.baseline}, of the same seed"
 
 
 def _differences(plan: Study, results: Results) -> str:

@@ -178,17 +178,21 @@ class Classification(Task):
     def _transform(self, split: Split) -> Any:
         from timm.data import create_transform
 
+        from gppf_ds.tasks.posterize import mend
+
         if split == "val":
             return create_transform(self.image_size, crop_pct=self.val_crop, interpolation="bicubic", normalize=False)
-        return create_transform(
-            self.image_size,
-            is_training=True,
-            scale=self.crop_scale,
-            hflip=self.flip,
-            color_jitter=None,
-            auto_augment=self.rand_augment,
-            interpolation="bicubic",
-            normalize=False,
+        return mend(
+            create_transform(
+                self.image_size,
+                is_training=True,
+                scale=self.crop_scale,
+                hflip=self.flip,
+                color_jitter=None,
+                auto_augment=self.rand_augment,
+                interpolation="bicubic",
+                normalize=False,
+            )
         )
 
     def collate(self, samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -30,6 +31,8 @@ from gppf_ds.errors import UserError
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.train.checkpoint import FORMAT, TrainState, complete, describe, slices_of
 
+_NICENESS = 10
+"""Of threads that write: a tenth of a core's time that training wants too."""
 POLL = 0.05
 """Seconds between two looks at what the other ranks have reported."""
 
@@ -238,6 +241,9 @@ class _Thread(threading.Thread):
         self.error: BaseException | None = None
 
     def run(self) -> None:
+        with suppress(OSError):
+            # Of this thread alone (Linux): hashing takes a core, and where none is idle the training goes first.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
         try:
             self.saved = self.work()
         except BaseException as error:

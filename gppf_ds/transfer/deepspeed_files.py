@@ -51,7 +51,7 @@ class PlainTensor:
 
 
 class _Ignored:
-    """Stands in for what is harmless and whose values the conversion does not need; takes any state and keeps nothing."""
+    """Stands in for what is harmless and not needed for the conversion; takes any state and keeps nothing."""
 
     def __init__(self, *arguments: object) -> None:
         pass
