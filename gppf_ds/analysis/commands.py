@@ -67,7 +67,8 @@ def _experts(options: argparse.Namespace) -> int:
         selections = running(trained.model.named_buffers(), layout)
     shares, tasks, layers = as_array(selections, layout)
     folder = options.output or options.run / "analysis"
-    files = save(experts.usage_matrix(shares, tasks, layers), folder / "experts")
+    there = np.array([[e in layout.experts[layer] for e in range(shares.shape[-1])] for layer in layers])
+    files = save(experts.usage_matrix(np.where(there, shares, np.nan), tasks, layers), folder / "experts")
     files += save(experts.mutual_information_by_layer(shares, layers), folder / "experts_information")
     numbers = folder / "experts.json"
     content: dict[str, object] = {"step": trained.step, "images": options.images, "tasks": tasks, "layers": layers}

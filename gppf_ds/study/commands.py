@@ -6,6 +6,7 @@ import argparse
 import shlex
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 
 from gppf_ds.errors import UserError
@@ -65,21 +66,32 @@ def _train(runs: list[Run], launch: str | None) -> list[Run]:
                 continue
             if any(result(need.folder, need.steps) is None for need in run.needs):
                 continue
-            outcomes[run.folder] = work(run.folder, run.steps, _command(run, launch))
+            outcomes[run.folder] = work(run.folder, partial(_missing, run, launch))
             news |= outcomes[run.folder] != "taken"
         if not news:
             return [run for run in runs if outcomes.get(run.folder) == "failed"]
 
 
-def _command(run: Run, launch: str | None) -> list[str]:
+def _missing(run: Run, launch: str | None) -> list[list[str]]:
+    """The commands that a run still lacks: training, and evaluation of all tasks where it has frozen ones."""
+    commands = []
     section = run.content.get("finetune") or {}
-    words = [("finetune" if section.get("source") else "train"), "--config", str(run.recipe)]
+    if result(run.folder, run.steps) is None:
+        words = [("finetune" if section.get("source") else "train"), "--config", str(run.recipe)]
+        commands.append([*_launcher(run, launch), *words])
+    if (run.content.get("frozen_tasks") or section.get("mode") == "grow") and not run.evaluation.is_file():
+        words = ["evaluate", "--run", str(run.folder), "--output", str(run.evaluation)]
+        commands.append([*_launcher(run, launch), *words])
+    return commands
+
+
+def _launcher(run: Run, launch: str | None) -> list[str]:
     if launch is not None:
-        return [*(word.replace("{ranks}", str(run.ranks)) for word in shlex.split(launch)), *words]
+        return [word.replace("{ranks}", str(run.ranks)) for word in shlex.split(launch)]
     if run.ranks == 1:
-        return [sys.executable, "-m", "gppf_ds", *words]
+        return [sys.executable, "-m", "gppf_ds"]
     with socket.socket() as probe:  # two workers on one machine need two ports
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, f"--num_accelerators={run.ranks}", f"--master_port={port}", "--module", "gppf_ds", *words]
+    return [launcher, f"--num_accelerators={run.ranks}", f"--master_port={port}", "--module", "gppf_ds"]

@@ -81,6 +81,11 @@ class Run:
         return int(self.content["steps"])
 
     @property
+    def evaluation(self) -> Path:
+        """The metrics of all its tasks, where some are frozen."""
+        return self.folder / "evaluation.json"
+
+    @property
     def recipe(self) -> Path:
         """Where the study writes its recipe."""
         return self.folder.with_name(f"{self.folder.name}.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -110,6 +111,8 @@ def _together(runs: Sequence[Run]) -> Result:
     one = Result(finished=None not in found, failed="failed" in states)
     for run, metrics in zip(runs, found, strict=True):
         one.metrics |= metrics or {}
+        if metrics is not None and run.evaluation.is_file():
+            one.metrics |= json.loads(run.evaluation.read_text())["metrics"]
         one.losses |= _losses(run.folder / "metrics.jsonl")
         for line in history.read(run.folder / spent.FILE):  # what a resumed run did twice counts twice
             one.seconds += line["seconds"].get("step", 0.0) + line["seconds"].get("data", 0.0)

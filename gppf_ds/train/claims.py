@@ -7,7 +7,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -17,25 +17,24 @@ from gppf_ds.errors import UserError
 Outcome = Literal["done", "failed", "taken"]
 
 
-def work(folder: Path, steps: int, command: Sequence[str]) -> Outcome:
-    """Trains a run unless it is done or another worker's ("taken"); what failed is left for the next start.
+def work(folder: Path, missing: Callable[[], Sequence[Sequence[str]]]) -> Outcome:
+    """Does what a run lacks, unless it is another worker's ("taken"); what failed is left for the next start.
 
     Args:
         folder: of the run.
-        steps: that it makes.
-        command: that trains it, or goes on with it.
+        missing: the commands still to run, in order; asked once the run is this worker's.
     """
     with _claimed(folder) as descriptor:
         if descriptor is None:
             return "taken"
-        if result(folder, steps) is not None:
-            return "done"
-        print(shlex.join(command), flush=True)
-        # The run holds the claim too: it outlives a worker that is killed.
-        code = subprocess.run(command, pass_fds=(descriptor,), check=False).returncode
-        if code:
-            print(f"{folder}: the run ended with code {code}, see above.", file=sys.stderr, flush=True)
-        return "failed" if code else "done"
+        for command in missing():
+            print(shlex.join(command), flush=True)
+            # The run holds the claim too: it outlives a worker that is killed.
+            code = subprocess.run(command, pass_fds=(descriptor,), check=False).returncode
+            if code:
+                print(f"{folder}: the run ended with code {code}, see above.", file=sys.stderr, flush=True)
+                return "failed"
+        return "done"
 
 
 @contextmanager

@@ -177,6 +177,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint folder (default: the run's last)")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the json there too")
     options = parser.parse_args(arguments)
     run = recipe.read_run(options.run)
     recipe.check(run)
@@ -195,7 +196,10 @@ def evaluate(arguments: list[str]) -> int:
         trained.controller.to(device)
         results = evaluation.evaluate(trained.model, trained.controller, chosen, device, run.config.loader)
         if dist.get_rank() == 0:
-            print(json.dumps({"checkpoint": str(trained.path), "step": trained.step, "metrics": results}, indent=1))
+            text = json.dumps({"checkpoint": str(trained.path), "step": trained.step, "metrics": results}, indent=1)
+            print(text)
+            if options.output is not None:
+                options.output.write_text(f"{text}\n")
     except BaseException as error:
         faults.fail(error, options.run)
     dist.destroy_process_group()

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gppf_ds.errors import UserError
@@ -67,7 +68,7 @@ def grid(arguments: list[str]) -> int:
         recipe.check(run)
         for cell in cells:
             command = [*shlex.split(options.launch), "train", *rest, *cell.overrides]
-            failed |= work(cell.folder, run.config.steps, command) == "failed"
+            failed |= work(cell.folder, partial(_missing, cell, run.config.steps, command)) == "failed"
     ((name, task),) = run.tasks.items()
     print(table(cells, run.config.steps, name, task.headline))
     return int(failed)
@@ -76,6 +77,10 @@ def grid(arguments: list[str]) -> int:
 def grid_cells(output: Path) -> list[Cell]:
     """The 56 runs below the recipe's output folder."""
     return [Cell(rate, decay, output / f"lr{rate:.2g}_wd{decay:.2g}") for rate in RATES for decay in DECAYS]
+
+
+def _missing(cell: Cell, steps: int, command: list[str]) -> list[list[str]]:
+    return [command] if result(cell.folder, steps) is None else []
 
 
 def table(cells: list[Cell], steps: int, task: str, headline: str) -> str:

@@ -21,6 +21,10 @@ from gppf_ds.study.results import collect, differences, furthest, spread
 TRAINER = """
 import json, pathlib, sys, yaml
 options = dict(zip(sys.argv[2::2], sys.argv[3::2]))
+if sys.argv[1] == "evaluate":
+    with open(options["--output"], "x") as file:
+        json.dump({"metrics": {"others": {"mean_class": 0.125}}}, file)
+    sys.exit()
 recipe = yaml.safe_load(open(options["--config"]))
 folder = pathlib.Path(recipe["output"])
 source = (recipe.get("finetune") or {}).get("source")
@@ -75,7 +79,7 @@ ARMS: dict[str, Any] = {
     "low": {},
     "alone": {"each_task": True},
     "tuned": {"settings": {"finetune": {"source": "{hidden}"}, "optimizer": {"learning_rate": 0.75}}},
-    "hidden": {"shown": False},
+    "hidden": {"shown": False, "settings": {"frozen_tasks": ["others"]}},
     "broken": {"settings": {"optimizer": {"learning_rate": 2.0}}},
 }
 
@@ -95,6 +99,7 @@ def test_every_run_is_trained_once_and_the_tables_say_what_came_of_it(
     whole = {name: words for name, words in trained.items() if not name.startswith("broken")}
     assert all(words == ["finetune" if name.startswith("tuned") else "train"] for name, words in whole.items())
     assert len(whole) == 2 * (1 + 1 + 2 + 1 + 1)
+    assert {path.parent.name for path in runs.rglob("evaluation.json")} == {"seed0", "seed1"}  # of frozen tasks, once
     alone = yaml.safe_load((runs / "alone/seed1_others.yaml").read_text())
     assert (list(alone["tasks"]), alone["seed"], alone["output"]) == (["others"], 1, "runs/study/alone/seed1_others")
     tuned = yaml.safe_load((runs / "tuned/seed1.yaml").read_text())
