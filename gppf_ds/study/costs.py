@@ -27,6 +27,8 @@ def of_arms(plan: Study) -> dict[str, dict[str, Any]]:
         tasks: dict[str, dict[str, Any]] = {}
         for run in runs:
             trained = load_trained(run.folder, None, recipe.read_run(run.folder))
+            if patterns := trained.recipe.config.trainable:
+                trained.model.freeze_all_but(patterns)
             learn += counts.trainable(trained)
             held += counts.resident(trained)
             for name, one in costs.each(trained, list(trained.recipe.tasks), device).items():

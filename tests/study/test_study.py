@@ -167,10 +167,13 @@ def test_arms_are_trained_for_real(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arms = {"one": {"settings": {"tasks": {"others": None}}}, "two ranks": {"ranks": 2}}
+    heads = {"settings": {"tasks": {"others": None}, "trainable": ["heads.*"]}}
+    arms = {"one": heads, "two ranks": {"ranks": 2}}
     assert main(["study", written(place, arms=arms, seeds=[3], tables=["metrics", "costs"])]) == 0
     raw = json.loads((place / "runs/study/study.json").read_text())
     assert 0 <= raw["arms"]["two ranks"]["3"]["metrics"]["others"]["mean_class"] <= 1
     assert raw["arms"]["two ranks"]["3"]["images"] == 16
     assert raw["costs"]["two ranks"]["held"] > raw["costs"]["one"]["held"]
     assert raw["costs"]["one"]["tasks"]["pets"]["gflops"] > 0
+    assert 0 < raw["costs"]["one"]["learn"] < raw["costs"]["one"]["held"]
+    assert raw["costs"]["two ranks"]["learn"] == raw["costs"]["two ranks"]["held"]
