@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import logging
 import os
-import socket
+from types import FunctionType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gppf_ds.errors import UserError
-from gppf_ds.simt.rendezvous import rendezvous
+from gppf_ds.simt.rendezvous import LOOPBACK, free_port, rendezvous
 
 VERIFIED = ("0.19",)
 """DeepSpeed releases whose internals were checked against ``simt/engine.py``."""
@@ -26,10 +27,8 @@ def start_distributed(timeout: float) -> torch.device:
         timeout: seconds after which a collective that some rank never joined raises.
     """
     if "RANK" not in os.environ:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1")
+        os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT=str(free_port()))
     deepspeed = import_deepspeed()
     # On CPU DeepSpeed would compile a shared-memory all-reduce here, for minutes; gloo serves as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -44,9 +43,17 @@ def start_distributed(timeout: float) -> torch.device:
 
 
 def _leave() -> None:
-    """gloo's threads abort a process that ends while they still run (pytorch issue 190489)."""
+    """gloo's threads abort a process that ends while they still run (pytorch issue 190489).
+
+    They run for as long as anything holds their group. Modules imported after the start do, as a default argument of
+    functions: torch.distributed.nn, .optim and .fsdp, which mmengine imports.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    functions = [x for x in gc.get_objects() if type(x) is FunctionType and x.__defaults__]
+    for function in functions:
+        if any(isinstance(default, dist.ProcessGroup) for default in function.__defaults__ or ()):
+            function.__defaults__ = None  # nobody calls it any more
 
 
 def import_deepspeed() -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -90,8 +89,8 @@ def _launcher(run: Run, launch: str | None) -> list[str]:
         return [word.replace("{ranks}", str(run.ranks)) for word in shlex.split(launch)]
     if run.ranks == 1:
         return [sys.executable, "-m", "gppf_ds"]
-    with socket.socket() as probe:  # two workers on one machine need two ports
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from gppf_ds.simt.rendezvous import free_port
+
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, f"--num_accelerators={run.ranks}", f"--master_port={port}", "--module", "gppf_ds"]
+    own = f"--master_port={free_port()}"  # two workers on one machine need two
+    return [launcher, f"--num_accelerators={run.ranks}", own, "--module", "gppf_ds"]
