@@ -15,7 +15,7 @@ from gppf_ds.backbone.controller import Controller, temperature
 from gppf_ds.backbone.lego import LegoBackbone, Pass
 from gppf_ds.backbone.norm import NormPolicy
 from gppf_ds.config import RunConfig
-from gppf_ds.simt.engine import SimtEngine
+from gppf_ds.simt.engine import SimtEngine, StepReport
 from gppf_ds.simt.model import Job, SimtModel
 from gppf_ds.tasks.task import Batch, FeatureInfo, Head
 
@@ -65,14 +65,14 @@ class Simt:
         """One optimizer step: ``tasks`` of all ranks, ``batch`` of this one."""
         self.step_devices(number, tasks, [batch])
 
-    def step_devices(self, number: int, tasks: Sequence[str], batches: Sequence[Batch]) -> None:
+    def step_devices(self, number: int, tasks: Sequence[str], batches: Sequence[Batch]) -> StepReport:
         """One optimizer step: ``tasks`` of all devices of all ranks, ``batches`` of this rank's."""
         jobs = []
         for device, batch in zip(self.engine.devices()[0], batches, strict=True):
             route = self.engine.route(tasks[device], number, device)
             passing = Pass(batch.images, route, (self.engine.config.seed, number, device))
             jobs.append(Job(device, tasks[device], batch, passing))
-        self.engine.step(number, tasks, [jobs])
+        return self.engine.step(number, tasks, [jobs])
 
     def parameters(self) -> dict[str, Tensor]:
         """By name, whole, on the CPU; a collective call."""

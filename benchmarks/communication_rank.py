@@ -18,19 +18,14 @@ from communication import ARMS
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from gppf_ds.backbone.lego import Pass
 from gppf_ds.config import BackboneConfig, EngineConfig, OptimizerConfig, RunConfig
 from gppf_ds.simt.audit import OPERATIONS
 from gppf_ds.simt.engine import SimtEngine, StepReport
 from gppf_ds.simt.job import start_distributed
-from gppf_ds.simt.model import Job
 from gppf_ds.tasks.bts import BTSDecoder
 from gppf_ds.tasks.classification import ClassificationHead
 from gppf_ds.tasks.depth import DepthHead, DepthTargets
 from gppf_ds.tasks.task import Batch, FeatureInfo, Head
-
-COLLECTIVE_LIMIT = 600.0
-"""Seconds a collective may take."""
 
 CLASSES = {"coarse": 10, "fine": 1000}
 DEPTH, MAX_DEPTH = "depth", 20.0
@@ -81,14 +76,9 @@ def batches(count: int, side: int, device: torch.device) -> dict[str, Batch]:
     return {name: Batch(images, targets) for name, targets in {**labels, DEPTH: depth}.items()}
 
 
-def run_step(engine: SimtEngine, number: int, tasks: Sequence[str], data: Mapping[str, Batch]) -> StepReport:
-    """One step of all devices of this rank, each with images of its own, as they come from a loader."""
-    jobs = []
-    for device in engine.devices()[0]:
-        batch = replace(data[tasks[device]], images=data[tasks[device]].images.clone())
-        route = engine.route(tasks[device], number, device)
-        jobs.append(Job(device, tasks[device], batch, Pass(batch.images, route, (engine.config.seed, number, device))))
-    return engine.step(number, tasks, [jobs])
+def mine(tasks: Sequence[str], data: Mapping[str, Batch], devices: Sequence[int]) -> list[Batch]:
+    """For every device of this rank the batch of its task, with images of its own, as they come from a loader."""
+    return [replace(data[tasks[device]], images=data[tasks[device]].images.clone()) for device in devices]
 
 
 @contextmanager
@@ -151,8 +141,13 @@ class Bench:
         """See :meth:`cases`."""
         backbone = replace(self.config.backbone, routing=routing)
         config = replace(self.config, backbone=backbone, engine=replace(self.config.engine, zero_stage=stage))
-        engine = SimtEngine(*arms.build(config, heads), config, self.device)
-        found = self.cases(engine.num_devices, lambda n, tasks: _used(engine, run_step(engine, n, tasks, self.data)))
+        arm = arms.Simt(config, heads, self.device)
+        engine = arm.engine
+
+        def step(number: int, tasks: Sequence[str]) -> int:
+            return _used(engine, arm.step_devices(number, tasks, mine(tasks, self.data, engine.devices()[0])))
+
+        found = self.cases(engine.num_devices, step)
         engine.close()
         return found
 
@@ -205,7 +200,7 @@ def _used(engine: SimtEngine, report: StepReport) -> int:
 def main() -> None:
     """Runs all arms with the settings in the argument, a json object."""
     settings = Settings(**json.loads(sys.argv[1]))
-    bench = Bench(settings, start_distributed(COLLECTIVE_LIMIT))
+    bench = Bench(settings, start_distributed(harness.COLLECTIVE_LIMIT))
     result = {name: bench.ours(*ARMS[name]) if ARMS[name] else bench.ddp() for name in settings.arms}
     harness.hand_over(result)
     dist.barrier()

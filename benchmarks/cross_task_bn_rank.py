@@ -20,9 +20,6 @@ from gppf_ds.backbone.norm import BatchNormRule, NormPolicy
 from gppf_ds.config import BackboneConfig
 from gppf_ds.simt.job import start_distributed
 
-COLLECTIVE_LIMIT = 600.0
-"""Seconds a collective may take."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -122,7 +119,7 @@ def measure(settings: Settings, devices: int, device: torch.device) -> dict[str,
 def main() -> None:
     """Runs all arms with one and with two devices per rank; the argument, a json object, has the settings."""
     settings = Settings(**json.loads(sys.argv[1]))
-    device = start_distributed(COLLECTIVE_LIMIT)
+    device = start_distributed(harness.COLLECTIVE_LIMIT)
     harness.hand_over({str(devices): measure(settings, devices, device) for devices in (1, 2)})
     dist.barrier()
     dist.destroy_process_group()

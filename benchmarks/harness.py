@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -33,6 +34,15 @@ STEADY_MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(10**12), "MALLOC_MMAP_THRESHOLD_"
 """Environment in which glibc keeps freed memory. Otherwise it hands every large tensor's pages back and gets them anew,
 zeroed, at the next step: up to 10 % of a step on a CPU, and the more the more memory an arm needs. torch's allocator
 for GPUs keeps its memory in any case."""
+
+MEMORY = {
+    "cuda": "peak that torch allocated for the arm, its parameters and optimizer state included",
+    "cpu": "peak of what autograd saved for backward; the CPU has no account of the rest",
+}
+"""What :func:`most_memory` tells."""
+
+COLLECTIVE_LIMIT = 600.0
+"""Seconds a collective may take."""
 
 GRACE = 5.0
 """Seconds that the other ranks have to end after one of them has failed."""
@@ -208,6 +218,37 @@ class SavedActivations:
         self.live[key] = before + count
         self.bytes += storage.nbytes() * (bool(before + count) - bool(before))
         self.peak = max(self.peak, self.bytes)
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes on a GPU, garbage collected; 0 on a CPU, which has no account of them."""
+    if device.type != "cuda":
+        return 0
+    gc.collect()
+    return torch.cuda.memory_allocated(device)
+
+
+def most_memory(module: nn.Module, work: Callable[[], None], device: torch.device, before: int) -> float:
+    """Bytes on the rank that has most while ``work`` runs; see :data:`MEMORY`. A collective call.
+
+    Args:
+        module: whose own parameters are not activations.
+        work: during which to look.
+        device: of this rank.
+        before: what was :func:`allocated` before the arm was built.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        peak = torch.cuda.max_memory_allocated(device) - before
+    else:
+        saved = SavedActivations(module)
+        with saved.counting():
+            work()
+        peak = saved.peak
+    most = torch.tensor(float(peak), device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return most.item()
 
 
 class _Held:

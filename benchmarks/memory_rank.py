@@ -15,7 +15,7 @@ import arms
 import harness
 import torch
 import torch.distributed as dist
-from communication_rank import COLLECTIVE_LIMIT, batches, heads, run_step
+from communication_rank import batches, heads, mine
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -208,32 +208,32 @@ class Bench:
         gc.collect()
         account = Live() if self.device.type == "cpu" else Allocated(self.device)
         with account:
-            engine = SimtEngine(*arms.build(config, two_heads), config, self.device)
+            arm = arms.Simt(config, two_heads, self.device)
             for number in range(WARM):
-                self._step(engine, number)
-            books = Books(engine)
+                self._step(arm, number)
+            books = Books(arm.engine)
             account.restart()
-            self._step(engine, WARM)
+            self._step(arm, WARM)
             held = {**books.at_rest(), **books.most, "peak": account.peak, "at rest": account.bytes}
         if stage < 3:  # there autograd holds gathered parameters too
-            saved = harness.SavedActivations(engine.model)
+            saved = harness.SavedActivations(arm.module)
             with saved.counting():
-                self._step(engine, WARM + 1)
+                self._step(arm, WARM + 1)
             held["activations"] = saved.peak
-        engine.close()
+        arm.engine.close()
         most = torch.tensor(list(held.values()), device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         return dict(zip(held, most.tolist(), strict=True))
 
-    def _step(self, engine: SimtEngine, number: int) -> None:
-        tasks = [TASKS[(device + number) % len(TASKS)] for device in range(engine.num_devices)]
-        run_step(engine, number, tasks, self.data)
+    def _step(self, arm: arms.Simt, number: int) -> None:
+        tasks = [TASKS[(device + number) % len(TASKS)] for device in range(arm.engine.num_devices)]
+        arm.step_devices(number, tasks, mine(tasks, self.data, arm.engine.devices()[0]))
 
 
 def main() -> None:
     """Runs all arms with the settings in the argument, a json object."""
     settings = Settings(**json.loads(sys.argv[1]))
-    bench = Bench(settings, start_distributed(COLLECTIVE_LIMIT))
+    bench = Bench(settings, start_distributed(harness.COLLECTIVE_LIMIT))
     kinds = product(settings.devices_per_rank, settings.checkpoint, settings.stages)
     result = [{"stage": s, "checkpoint": c, "devices per rank": d, "bytes": bench.arm(s, c, d)} for d, c, s in kinds]
     harness.hand_over(result)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import arms
@@ -21,18 +21,10 @@ from gppf_ds.tasks.classification import ClassificationHead
 from gppf_ds.tasks.depth import DepthHead, DepthTargets
 from gppf_ds.tasks.task import Batch, FeatureInfo, Head
 
-COLLECTIVE_LIMIT = 600.0
-"""Seconds a collective may take."""
-
 Tasks = Callable[[int, int], list[str]]
 """(number of the step, ranks) -> the task of every rank."""
 
 CLASSES, MAX_DEPTH = 100, 20.0
-
-MEMORY = {
-    "cuda": "peak that torch allocated for the arm, its parameters and optimizer state included",
-    "cpu": "peak of what autograd saved for backward; the CPU has no account of the rest",
-}
 
 
 @dataclass(frozen=True)
@@ -112,12 +104,12 @@ class Bench:
         steps: dict[str, Callable[[int], None]] = {}
         memory: dict[str, float] = {}
         for name, kind in {"ours": arms.Simt, "theirs": theirs}.items():
-            before = _allocated(self.device)
+            before = harness.allocated(self.device)
             arm: arms.Arm = kind(config, own_heads, self.device)
             steps[name] = self._stepper(arm, tasks)
             for number in range(2):  # optimizer state and gradient buckets appear in the first steps
                 steps[name](number)
-            memory[name] = self._memory(arm, steps[name], before)
+            memory[name] = harness.most_memory(arm.module, partial(_two_more, steps[name]), self.device, before)
         seconds = harness.interleaved(steps, self.device, self.settings.warmup, self.settings.steps)
         ratios = [a / b for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
         result: dict[str, Any] = {"ratio": harness.spread(ratios)}
@@ -132,41 +124,17 @@ class Bench:
 
         return step
 
-    def _memory(self, arm: arms.Arm, step: Callable[[int], None], before: int) -> float:
-        """Bytes on the rank that has most, in two steps (so that every rank runs both tasks); see :data:`MEMORY`.
 
-        Args:
-            arm: that makes the steps.
-            step: makes one.
-            before: what was allocated on the GPU before the arm was built.
-        """
-        saved = harness.SavedActivations(arm.module)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            for number in (2, 3):
-                step(number)
-            peak = torch.cuda.max_memory_allocated(self.device) - before
-        else:
-            with saved.counting():
-                for number in (2, 3):
-                    step(number)
-            peak = saved.peak
-        most = torch.tensor(float(peak), device=self.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        return most.item()
-
-
-def _allocated(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    gc.collect()
-    return torch.cuda.memory_allocated(device)
+def _two_more(step: Callable[[int], None]) -> None:
+    """Steps in which every rank runs both tasks."""
+    for number in (2, 3):
+        step(number)
 
 
 def main() -> None:
     """Runs all comparisons with the settings in the argument, a json object."""
     settings = Settings(**json.loads(sys.argv[1]))
-    device = start_distributed(COLLECTIVE_LIMIT)
+    device = start_distributed(harness.COLLECTIVE_LIMIT)
     bench = Bench(settings, device)
     one = "classification"
     comparisons = {
@@ -174,7 +142,7 @@ def main() -> None:
         "one task, DeepSpeed ZeRO-0": bench.compare(arms.PlainDeepSpeed, single, 0, one),
         "one task, DeepSpeed ZeRO-1": bench.compare(arms.PlainDeepSpeed, single, 1, one),
     }
-    harness.hand_over({"comparisons": comparisons, "memory": MEMORY[device.type]})
+    harness.hand_over({"comparisons": comparisons, "memory": harness.MEMORY[device.type]})
     dist.barrier()
     dist.destroy_process_group()
 

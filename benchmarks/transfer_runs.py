@@ -19,7 +19,7 @@ from typing import Any
 import harness
 import yaml
 
-from gppf_ds.train import recipe
+from gppf_ds.train import claims, recipe
 
 RECIPES = harness.HERE / "transfer"
 PRETRAINED = ("digits", "objects", "regions", "distance")
@@ -174,10 +174,7 @@ class Workplace:
 
     def finished(self, run: Run) -> dict[str, dict[str, float]] | None:
         """The metrics by task of a run that has come to its end, else None."""
-        path = self.folder / run.name / "results.json"
-        entries = json.loads(path.read_text()) if path.is_file() else []
-        done = [entry["metrics"] for entry in entries if entry["step"] == run.content["steps"]]
-        return done[-1] if done else None
+        return claims.result(self.folder / run.name, run.content["steps"])
 
     def headline(self, run: Run, task: str) -> tuple[str, bool]:
         """The name of a task's main metric, and whether more of it is better."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import sys
 from collections.abc import Callable
@@ -14,7 +13,7 @@ import arms
 import harness
 import torch
 import torch.distributed as dist
-from step_overhead_rank import COLLECTIVE_LIMIT, MEMORY, Settings, batches, heads, mixed
+from step_overhead_rank import Settings, batches, heads, mixed
 from usual_ways import STEPS
 
 from gppf_ds.config import BackboneConfig, EngineConfig, OptimizerConfig, RunConfig, ScheduleConfig
@@ -92,12 +91,12 @@ def measure(bench: Bench, warmup: int, rounds: int) -> dict[str, Any]:
     steps: dict[str, Step] = {}
     memory: dict[str, float] = {}
     for name, build in bench.builders().items():
-        before = _allocated(bench.device)
+        before = harness.allocated(bench.device)
         module, step = build()
         steps[name] = partial(_round, step, STEPS[name])
         for number in range(2):  # optimizer state and gradient buckets appear in the first steps
             steps[name](number)
-        memory[name] = _memory(module, partial(steps[name], 2), bench.device, before)
+        memory[name] = harness.most_memory(module, partial(steps[name], 2), bench.device, before)
     seconds = harness.interleaved(steps, bench.device, warmup, rounds)
     return {name: {"seconds": seconds[name], "memory": memory[name]} for name in steps}
 
@@ -108,42 +107,12 @@ def _round(step: Step, count: int, number: int) -> None:
         step(count * number + one)
 
 
-def _memory(module: torch.nn.Module, work: Callable[[], None], device: torch.device, before: int) -> float:
-    """Bytes on the rank that has most; see :data:`step_overhead_rank.MEMORY`.
-
-    Args:
-        module: whose own parameters are not activations.
-        work: during which to look.
-        device: of this rank.
-        before: what was allocated on the GPU before the arm was built.
-    """
-    saved = harness.SavedActivations(module)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        work()
-        peak = torch.cuda.max_memory_allocated(device) - before
-    else:
-        with saved.counting():
-            work()
-        peak = saved.peak
-    most = torch.tensor(float(peak), device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return most.item()
-
-
-def _allocated(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    gc.collect()
-    return torch.cuda.memory_allocated(device)
-
-
 def main() -> None:
     """Runs all arms with the settings in the argument, a json object."""
     settings = Settings(**json.loads(sys.argv[1]))
-    device = start_distributed(COLLECTIVE_LIMIT)
+    device = start_distributed(harness.COLLECTIVE_LIMIT)
     found = measure(Bench(settings, device), settings.warmup, settings.steps)
-    harness.hand_over({"arms": found, "memory": MEMORY[device.type]})
+    harness.hand_over({"arms": found, "memory": harness.MEMORY[device.type]})
     dist.barrier()
     dist.destroy_process_group()
 

@@ -110,7 +110,6 @@ class SimtEngine:
             self.expert_parallel.take_over_norm(self.engine, self.stage)
         self.audit = Audit() if config.engine.audit else None
         self._head_batches: Counter[str] = Counter()
-        self._norms: list[tuple[Owner, Tensor]] = []
 
     def _take_over_reduction(self) -> LayerwiseReduction:
         """Gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
@@ -203,14 +202,15 @@ class SimtEngine:
                     self.reduction.begin(shares, strict=bool(valid.all()))
                 self.engine.backward(loss, scale_wrt_gas=False)
             self.reduction.finish()
-            skipped = self._reason_to_skip(valid)
+            norms = self._norms(valid)
+            skipped = self._reason_to_skip(valid, norms)
             if skipped is not None:
                 counts = shares = dict.fromkeys(counts, 0)
                 for parameter, _ in self.parameters:
                     parameter.grad = None
         if self.stage == 3:
             self._clear_stale_partitions(shares)
-        return StepReport(losses, valid, self._update(shares, skipped), counts, paths, experts, self._norms)
+        return StepReport(losses, valid, self._update(shares, skipped), counts, paths, experts, norms)
 
     def _count_experts(self, routing: Routing, experts: defaultdict[Owner, Counter[str]]) -> None:
         """Adds the devices that sent tokens to each expert."""
@@ -349,17 +349,21 @@ class SimtEngine:
             dist.all_reduce(bad)
         return bad.cpu().numpy() == 0
 
-    def _reason_to_skip(self, valid: np.ndarray) -> str | None:
+    def _norms(self, valid: np.ndarray) -> list[tuple[Owner, Tensor]]:
+        """See :attr:`StepReport.norms`; none where no device contributes."""
+        if not valid.any() or self.precision == "fp16":
+            return []
+        held = [(p.grad, owner) for p, owner in self.parameters if p.grad is not None]
+        norms = torch._foreach_norm([gradient for gradient, _ in held])
+        return [(owner, norm) for (_, owner), norm in zip(held, norms, strict=True)]
+
+    def _reason_to_skip(self, valid: np.ndarray, norms: Sequence[tuple[Owner, Tensor]]) -> str | None:
         """Why this step must change nothing, if so: the same answer on every rank."""
-        self._norms = []
         if not valid.any():
             return "non_finite_loss"
         if self.precision == "fp16":  # the loss scaler looks at the gradients
             return None
-        held = [(p.grad, owner) for p, owner in self.parameters if p.grad is not None]
-        norms = torch._foreach_norm([gradient for gradient, _ in held])
-        self._norms = [(owner, norm) for (_, owner), norm in zip(held, norms, strict=True)]
-        bad = (~torch.isfinite(torch.stack(norms)).all()).float()
+        bad = (~torch.isfinite(torch.stack([norm for _, norm in norms])).all()).float()
         if self.world_size > 1:
             dist.all_reduce(bad)
         return "non_finite_gradient" if bad > 0 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from gppf_ds.errors import UserError
+from gppf_ds.train import record
 from gppf_ds.train.inherit import Content, laid_over, resolve
 
 Table = Literal["metrics", "differences", "curves", "costs"]
@@ -234,21 +236,14 @@ def write_recipes(runs: Sequence[Run]) -> None:
     """
     for run in runs:
         text = yaml.safe_dump(run.content, sort_keys=False)
-        if run.recipe.is_file() and run.recipe.read_text() != text and (run.folder / "config.yaml").is_file():
-            before = yaml.safe_load(run.recipe.read_text())
+        before = run.recipe.read_text() if run.recipe.is_file() else text
+        if before != text and (run.folder / "config.yaml").is_file():
+            found = (f"{key}: {old} then, {new} now" for key, old, new in record.differences(before, text))
             raise UserError(
-                f"{run.folder} has begun with other settings ({_first_difference(before, run.content)}): remove that "
+                f"{run.folder} has begun with other settings ({next(found, 'the order of its keys')}): remove that "
                 "folder to train it again, or name another output."
             )
         run.recipe.parent.mkdir(parents=True, exist_ok=True)
-        pending = run.recipe.with_name(f".{run.recipe.name}.{id(run)}")
+        pending = run.recipe.with_name(f".{run.recipe.name}.{os.getpid()}")
         pending.write_text(text)
         pending.replace(run.recipe)
-
-
-def _first_difference(before: Any, now: Any, key: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in [*before, *now]:
-            if before.get(name) != now.get(name):
-                return _first_difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-    return f"{key}: {before} then, {now} now"

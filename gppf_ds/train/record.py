@@ -97,10 +97,16 @@ def _changes(before: Path, config: str) -> Iterator[str]:
     """The settings that differ from those of the launch before, as KEY: OLD -> NEW."""
     if not before.is_file():
         return
-    old, new = (dict(_flatten("", yaml.safe_load(text))) for text in (before.read_text(), config))
+    for key, old, new in differences(before.read_text(), config):
+        yield f"{key}: {old} -> {new}"
+
+
+def differences(before: str, now: str) -> Iterator[tuple[str, str, str]]:
+    """The keys that two recipes (YAML) do not have alike, by name, each with both values as json, or "absent"."""
+    old, new = (dict(_flatten("", yaml.safe_load(text))) for text in (before, now))
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
-            yield f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+            yield key, old.get(key, "absent"), new.get(key, "absent")
 
 
 def decide(folder: Path, step: int | None, kind: str, text: str) -> None:

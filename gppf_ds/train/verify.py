@@ -212,8 +212,7 @@ def _compare(
         parameter_errors |= {f"step {step}, {name}": error for name, error in updates.items()}
         updates = update_errors(ours.rows[step + 1], rows, ours.rows[step], reference.controller_optimizer)
         row_errors |= {f"step {step}, {name}": error for name, error in updates.items()}
-        everything_steps = run.config.engine.average == "world"
-        unused = {name for name, count in users.items() if count == 0 and not everything_steps}
+        unused = {name for name, count in users.items() if count == 0 and run.config.engine.average == "task"}
         moved += [f"step {step}, {name}" for told in everyone for name in sorted(unused & told.changed[step])]
         idle += len(unused)
 
