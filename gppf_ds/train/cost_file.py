@@ -12,7 +12,7 @@ from gppf_ds.errors import UserError
 from gppf_ds.train.simulation import Cost, Costs
 
 TASK_KEYS = ("seconds", "start", "memory", "batch_size")
-RANK_KEYS = ("seconds", "memory", "capacity")
+RANK_KEYS = ("seconds", "group_seconds", "memory", "capacity")
 
 
 def read(path: Path, batch_sizes: Mapping[str, int]) -> Costs:
@@ -21,7 +21,8 @@ def read(path: Path, batch_sizes: Mapping[str, int]) -> Costs:
     ``tasks`` has for every task ``seconds`` of one device's batch (a number, or a list by phase) and, if known, the
     part of them that does not depend on the batch size (``start``), ``memory`` in bytes, and the ``batch_size`` that
     these belong to (the recipe's, if it is left out). ``rank``, if it is there: ``seconds`` that every step takes
-    besides, ``memory`` that is held between steps, and the ``capacity`` of a rank's memory.
+    besides, ``group_seconds`` that every group of devices takes besides (each of ``engine.accumulation``), ``memory``
+    that is held between steps, and the ``capacity`` of a rank's memory.
 
     Args:
         path: of the file.
@@ -61,7 +62,12 @@ def write(path: Path, costs: Costs) -> None:
         }
         for name, cost in costs.tasks.items()
     }
-    rank = {"seconds": round(costs.seconds, 6), "memory": int(costs.memory), "capacity": costs.capacity}
+    rank = {
+        "seconds": round(costs.seconds, 6),
+        "group_seconds": round(costs.group_seconds, 6),
+        "memory": int(costs.memory),
+        "capacity": costs.capacity,
+    }
     path.write_text(yaml.safe_dump({"tasks": tasks, "rank": rank}, sort_keys=False, default_flow_style=None))
 
 

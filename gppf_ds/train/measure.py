@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,8 +77,10 @@ class _Clock:
 def measure(run: Recipe, device: torch.device, repeats: int) -> tuple[Costs, dict[str, int]]:
     """Trains each task of a recipe alone for a few steps, with its own batches and with half of them.
 
-    What a batch of any size takes follows from the two sizes. Reading counts where the training process does it
-    (``loader.workers`` 0); otherwise the batches are there before the clock starts. A collective call.
+    What a batch of any size takes follows from the two sizes. What the devices of a rank share, because they wait for
+    the other ranks together, follows from steps of two devices with half batches each. Reading counts where the
+    training process does it (``loader.workers`` 0); otherwise the batches are there before the clock starts. A
+    collective call.
 
     Args:
         run: the recipe, checked.
@@ -100,6 +102,7 @@ def measure(run: Recipe, device: torch.device, repeats: int) -> tuple[Costs, dic
     found: dict[str, Cost] = {}
     rests: list[float] = []
     bases: list[float] = []
+    shared: list[tuple[float, ...]] = []
     sizes: dict[str, int] = {}
     for name, task in config.trained(run.tasks).items():
         whole, rest, sizes[name] = _measure_task(engine, clock, name, task, joint, repeats)
@@ -109,26 +112,33 @@ def measure(run: Recipe, device: torch.device, repeats: int) -> tuple[Costs, dic
             smaller.batch_size = task.batch_size // 2
             half, rest, _ = _measure_task(engine, clock, name, smaller, joint, repeats)
             rests.append(rest)
+            pair, _, _ = _measure_task(engine, clock, name, smaller, joint, repeats, devices=2)
+            shared.append(_shared(half, pair))
             bases.append(_intercept(whole.memory, half.memory, whole.batch_size, half.batch_size))
             whole = _with_start(whole, half)
         found[name] = whole
     # What every step holds, whatever its batch, is the rank's.
     base = min(bases, default=0.0)
-    found = {name: replace(cost, memory=cost.memory - base) for name, cost in found.items()}
+    waits = [statistics.median(phase) for phase in zip(*shared, strict=True)]
+    found = {name: _own(cost, waits, base) for name, cost in found.items()}
     held = _held(engine) + base
     engine.close()
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    return Costs(found, statistics.median(rests), held, capacity), sizes
+    return Costs(found, statistics.median(rests), sum(waits), held, capacity), sizes
 
 
 def _measure_task(
-    engine: SimtEngine, clock: _Clock, name: str, task: Task, joint: bool, repeats: int
+    engine: SimtEngine, clock: _Clock, name: str, task: Task, joint: bool, repeats: int, devices: int = 1
 ) -> tuple[Cost, float, int]:
-    """The cost of the task's batch, seconds of a step that are not the device's, and the size of the training set."""
-    config = replace(engine.config, schedule=ScheduleConfig(kind="static", static=[name]))
-    feed = Feed(config, {name: task})
-    inside = config.loader.workers == 0
-    batches = feed.batches(0, WARM_UP + repeats + 1, {name: 0}, [engine.rank], engine.num_devices)
+    """The cost of a rank's batches of the task, one for each of its devices, seconds of a step that are not theirs, and
+    the size of the training set."""
+    schedule = ScheduleConfig(kind="static", static=[name])
+    engine.config = replace(
+        engine.config, schedule=schedule, engine=replace(engine.config.engine, devices_per_rank=devices)
+    )
+    feed = Feed(engine.config, {name: task})
+    inside = engine.config.loader.workers == 0
+    batches = feed.batches(0, WARM_UP + repeats + 1, {name: 0}, engine.devices()[0], engine.num_devices)
     steps = [_one_step(engine, clock, feed, batches, number, inside) for number in range(WARM_UP + repeats)]
     memory = peak(lambda: _one_step(engine, clock, feed, batches, WARM_UP + repeats, inside), engine.device)
     counted = steps[WARM_UP:]
@@ -143,11 +153,12 @@ def _measure_task(
 def _one_step(
     engine: SimtEngine, clock: _Clock, feed: Feed, batches: Iterator[LoadedBatch], number: int, inside: bool
 ) -> _Step:
-    batch = None if inside else next(batches)
+    own = engine.devices()[0]
+    read = [] if inside else [next(batches) for _ in own]
     if engine.world_size > 1:
         dist.barrier()
     clock.begin()
-    jobs = [feed.job(batch or next(batches), engine)]
+    jobs = [feed.job(batch, engine) for batch in read or [next(batches) for _ in own]]
     engine.step(number, feed.tasks(number, engine.num_devices), [jobs])
     return clock.end()
 
@@ -157,6 +168,20 @@ def _mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     if dist.get_world_size() > 1:
         dist.all_reduce(mean)
     return [float(value) for value in mean / dist.get_world_size()]
+
+
+def _shared(one: Cost, two: Cost) -> tuple[float, ...]:
+    """Seconds by phase that two devices spend once; noise must not take them out of 0 to what one device takes."""
+    pairs = zip(one.seconds, two.seconds, strict=True)
+    return tuple(min(max(0.0, 2 * single - both), single) for single, both in pairs)
+
+
+def _own(cost: Cost, waits: Sequence[float], base: float) -> Cost:
+    """The cost of a device without what its rank's devices share: seconds by phase, and bytes."""
+    pairs = zip(cost.seconds, waits or (0.0,) * len(cost.seconds), strict=True)
+    seconds = tuple(max(0.0, whole - wait) for whole, wait in pairs)
+    start = tuple(min(first, own) for first, own in zip(cost.start, seconds, strict=True))
+    return replace(cost, seconds=seconds, start=start, memory=cost.memory - base)
 
 
 def _with_start(whole: Cost, half: Cost) -> Cost:

@@ -221,10 +221,11 @@ def _of_the_run(config: RunConfig, costs: Costs, forecast: Forecast) -> str:
     images = sum(map(forecast.images, forecast.devices)) / forecast.step_seconds
     left = datetime.timedelta(seconds=round(config.steps * forecast.step_seconds))
     done = datetime.datetime.now() + left
+    alike = costs.seconds + config.engine.accumulation * costs.group_seconds
     room = "" if costs.capacity is None else f" of {costs.capacity / GIBI:.1f}"
     return "\n".join(
         [
-            f"step: {1000 * forecast.step_seconds:.1f} ms ({1000 * costs.seconds:.1f} ms of it on every rank alike), "
+            f"step: {1000 * forecast.step_seconds:.1f} ms ({1000 * alike:.1f} ms of it on every rank alike), "
             f"{images:.1f} images/s",
             f"busy: {forecast.busy:.1%} (for {1 - forecast.busy:.1%} of the time a rank waits for a slower one)",
             f"memory: {_gib(forecast.memory)}{room} GiB on the fullest rank "

@@ -38,6 +38,8 @@ class Costs:
     tasks: Mapping[str, Cost]
     seconds: float = 0.0
     """Of a step on every rank alike, whatever its devices do: optimizer, communication."""
+    group_seconds: float = 0.0
+    """Of each group of devices on every rank alike, however many a rank has: what all ranks wait for in batch norms."""
     memory: float = 0.0
     """Bytes that a rank holds between steps: parameters, gradients, optimizer."""
     capacity: float | None = None
@@ -93,7 +95,7 @@ def simulate(tasks: Tasks, costs: Costs, layout: Layout, steps: Sequence[int]) -
 
     The devices of a rank run one after another, phase by phase, and a phase ends when the slowest rank is done: batch
     norms and the check of the losses are collective. So a step takes
-    ``costs.seconds + sum over groups and phases of max over ranks of the rank's sum``.
+    ``costs.seconds + sum over groups of (costs.group_seconds + sum over phases of max over ranks of the rank's sum)``.
 
     Args:
         tasks: the schedule, for ``layout.devices`` devices.
@@ -113,7 +115,7 @@ def simulate(tasks: Tasks, costs: Costs, layout: Layout, steps: Sequence[int]) -
         longest += float(load.max(1).sum())
         own += float(load.mean(1).sum())
         fullest = max(fullest, float(memory[groups].sum(2).max()))
-    alike = costs.seconds * len(steps)
+    alike = (costs.seconds + layout.groups * costs.group_seconds) * len(steps)
     return Forecast(
         step_seconds=(longest + alike) / len(steps),
         busy=(own + alike) / (longest + alike),

@@ -20,7 +20,7 @@ from gppf_ds.config import RunConfig, ScheduleConfig
 from gppf_ds.errors import UserError
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.classification import Classification
-from gppf_ds.train import cost_file, rebalance, recipe
+from gppf_ds.train import cost_file, measure, rebalance, recipe
 from gppf_ds.train.plan import foresee, official_sizes, report
 from gppf_ds.train.simulation import Cost, Costs, Layout, Tasks, simulate
 
@@ -58,11 +58,11 @@ def test_a_step_is_as_long_as_its_slowest_rank_in_every_phase() -> None:
 
 
 def test_a_ranks_devices_add_up_and_groups_follow_each_other() -> None:
-    costs = Costs({"a": cost(1.0, memory=10.0), "b": cost(3.0, memory=1.0)})
+    costs = Costs({"a": cost(1.0, memory=10.0), "b": cost(3.0, memory=1.0)}, seconds=0.5, group_seconds=0.25)
     # Device (group, rank, place): group 0 has ranks (a, a) and (b, b), group 1 (a, b) and (a, b).
     found = simulate(fixed(0, 0, 1, 1, 0, 1, 0, 1), costs, Layout(2, 2, 2), range(2))
-    assert found.step_seconds == pytest.approx(6 + 4)
-    assert found.busy == pytest.approx((4 + 4) / 10)
+    assert found.step_seconds == pytest.approx(6 + 4 + 0.5 + 2 * 0.25)
+    assert found.busy == pytest.approx((4 + 4 + 1) / (10 + 1))
     assert found.memory == 20.0
 
 
@@ -80,6 +80,17 @@ def test_a_batch_of_another_size_has_the_same_start() -> None:
     assert found.seconds == pytest.approx((0.6, 0.4))
     assert (found.batch_size, found.memory) == (4, 40.0)
     assert found.at(8).seconds == pytest.approx((1.0, 0.4))
+
+
+def test_what_two_devices_spend_once_is_no_devices_own() -> None:
+    shared = measure._shared(cost(1.0, 0.5, 0.2), cost(1.6, 1.1, 0.0))
+    assert shared == pytest.approx((0.4, 0.0, 0.2))  # the last two as far as noise may take them
+    whole = Cost(4, (2.0, 1.0, 0.1), (0.3, 0.9, 0.1), 50.0)
+    own = measure._own(whole, shared, 10.0)
+    assert own.seconds == pytest.approx((1.6, 1.0, 0.0))
+    assert own.start == pytest.approx((0.3, 0.9, 0.0))
+    assert own.memory == 40.0
+    assert measure._own(whole, [], 0.0) == whole
 
 
 def test_independent_draws_in_the_papers_setting_are_busy_for_61_percent() -> None:
@@ -273,8 +284,9 @@ def test_plan_measures_every_task(tmp_path: Path, light_recipe: dict[str, Any]) 
     for measured in costs.tasks.values():
         assert len(measured.seconds) == 3
         assert all(0 <= start <= seconds < 60 for start, seconds in zip(measured.start, measured.seconds, strict=True))
-        assert all(seconds > 0 for seconds in measured.seconds)
+        assert sum(measured.seconds) > 0
         assert measured.memory > 0
     assert costs.seconds > 0
+    assert costs.group_seconds >= 0
     assert costs.memory > 0
     assert costs.capacity is None
