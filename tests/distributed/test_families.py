@@ -29,7 +29,12 @@ MOE: dict[str, Any] = {"mlp_experts": 6, "mlp_top_k": 1, "attention_experts": 6,
 
 @pytest.mark.parametrize(
     ("family", "stage", "routing"),
-    [("swin", 3, "soft"), ("vit", 2, "hard"), ("convnext", 1, "soft"), ("deformable", 3, "hard")],
+    [
+        ("swin", 3, "soft"),
+        ("vit", 2, "hard"),
+        pytest.param("convnext", 1, "soft", marks=pytest.mark.long),
+        pytest.param("deformable", 3, "hard", marks=pytest.mark.long),
+    ],
 )
 def test_a_step_is_exact(light_recipe: dict[str, Any], tmp_path: Path, family: str, stage: int, routing: str) -> None:
     light_recipe["backbone"] = {**FAMILIES[family], "routing": routing}
@@ -40,8 +45,10 @@ def test_a_step_is_exact(light_recipe: dict[str, Any], tmp_path: Path, family: s
 @pytest.mark.parametrize(
     ("family", "stage", "schedule", "settings"),
     [
-        ("vit", 0, "iid", {"shared_experts": 1}),
-        ("vit", 1, "accumulate", {"mutual_information_source": "gates", "mlp_top_k": 2}),
+        pytest.param("vit", 0, "iid", {"shared_experts": 1}, marks=pytest.mark.long),
+        pytest.param(
+            "vit", 1, "accumulate", {"mutual_information_source": "gates", "mlp_top_k": 2}, marks=pytest.mark.long
+        ),
         ("swin", 2, "iid", {"token_mutual_information": 0.05, "concentration": 0.05}),
         ("vit", 3, "iid", {"task_mlp_top_k": {"digits": 3}}),
         pytest.param("swin", 3, "per_batch", {"task_embedding": False}, marks=pytest.mark.long),

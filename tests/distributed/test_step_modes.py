@@ -37,7 +37,7 @@ def test_accumulate_on_one_rank_is_simt_on_three_up_to_who_is_divided_by_how_man
 @pytest.mark.parametrize(
     ("schedule", "engine", "routing"),
     [
-        ("accumulate", {"devices_per_rank": 2}, "soft"),
+        pytest.param("accumulate", {"devices_per_rank": 2}, "soft", marks=pytest.mark.long),
         ("accumulate", {"accumulation": 2, "zero_stage": 1}, "hard"),
         ("per_batch", {"devices_per_rank": 2, "zero_stage": 2}, "soft"),
     ],
