@@ -38,7 +38,7 @@ class Progress:
         )
 
     def step(self, step: int, tasks: Mapping[str, int], losses: Mapping[str, float], tau: float, images: int) -> None:
-        """After a step: how many devices ran each task, the tasks' losses on this rank, images of all ranks."""
+        """After a step: how many devices ran each task, the tasks' losses, images of all ranks."""
         if not self.enabled:
             return
         self.losses.update(losses)

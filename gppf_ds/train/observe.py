@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from gppf_ds.backbone.controller import Controller, temperature
 from gppf_ds.backbone.moe.selections import running
@@ -58,6 +59,7 @@ class Observer:
         self.progress = Progress(config.steps, start, config.log_every, main)
         self.routes = RouteRecorder(config, main)
         self.spent = Spent(self.folder, main, start)
+        self.device = device
         self.split = TimeSplit(self.metrics, device)
         self.trackers: Trackers | None = None
         self._waited = 0.0
@@ -78,9 +80,12 @@ class Observer:
     ) -> None:
         """An optimizer step is done: the tasks of all devices, this rank's batches and what became of them.
 
-        Every ``log_every`` steps a collective call: the ranks compare how long they waited for each other.
+        Every ``log_every`` steps a collective call: the ranks add up their losses, and compare how long they waited for
+        each other.
         """
-        losses = self._outcomes(step, batches, report)
+        self._outcomes(step, batches, report)
+        logged = (step + 1) % self.config.log_every == 0
+        losses = self._losses(batches, report, everywhere=logged)
         tau = temperature(step, self.config.steps, self.config.controller)
         self.metrics.step.set(step + 1)
         self.metrics.step_duration.observe(seconds)
@@ -95,7 +100,7 @@ class Observer:
         self.spent.step(seconds, self._waited, images)
         self.split.step([batch.request.task for batch in batches], seconds, self._waited)
         self._waited = 0.0
-        if (step + 1) % self.config.log_every:
+        if not logged:
             return
         split = self.split.settle()
         if self.main:
@@ -112,11 +117,22 @@ class Observer:
         if self.trackers is not None:
             self.trackers.write(step, values)
 
-    def _outcomes(self, step: int, batches: Sequence[LoadedBatch], report: StepReport) -> dict[str, float]:
-        losses: dict[str, float] = {}
+    def _losses(self, batches: Sequence[LoadedBatch], report: StepReport, everywhere: bool) -> dict[str, float]:
+        """Of each task the mean total loss of its devices: those of this rank or, a collective call, of all ranks."""
+        names = list(self.batch_sizes)
+        sums = torch.zeros(2, len(names), dtype=torch.float64)
+        for batch, outcome in zip(batches, report.losses, strict=True):
+            sums[:, names.index(batch.request.task)] += torch.tensor([sum(outcome.terms.values()), 1.0])
+        if everywhere and dist.get_world_size() > 1:
+            shared = sums.to(self.device)
+            dist.all_reduce(shared)
+            sums = shared.cpu()
+        totals, counts = sums.tolist()
+        return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
+
+    def _outcomes(self, step: int, batches: Sequence[LoadedBatch], report: StepReport) -> None:
         for batch, outcome in zip(batches, report.losses, strict=True):
             name = batch.request.task
-            losses[name] = sum(outcome.terms.values())
             self.metrics.iterations.labels(name).inc()
             self.metrics.images.labels(name).inc(len(batch.request.indices))
             for term, value in outcome.terms.items():
@@ -125,7 +141,6 @@ class Observer:
                 self.metrics.dropped.labels(name).inc()
                 samples = ", ".join(map(str, batch.request.indices))
                 log.warning("step %d: task %s gave no finite loss or gradient on samples %s", step, name, samples)
-        return losses
 
     def evaluation(self, step: int, results: Mapping[str, Mapping[str, float]]) -> None:
         """An evaluation is done: appends it to ``results.json`` (entries of later steps give way)."""
