@@ -122,7 +122,9 @@ class Observer:
         names = list(self.batch_sizes)
         sums = torch.zeros(2, len(names), dtype=torch.float64)
         for batch, outcome in zip(batches, report.losses, strict=True):
-            sums[:, names.index(batch.request.task)] += torch.tensor([sum(outcome.terms.values()), 1.0])
+            index = names.index(batch.request.task)
+            sums[0, index] += sum(outcome.terms.values())
+            sums[1, index] += 1
         if everywhere and dist.get_world_size() > 1:
             shared = sums.to(self.device)
             dist.all_reduce(shared)
