@@ -221,7 +221,7 @@ def _of_the_run(config: RunConfig, costs: Costs, forecast: Forecast) -> str:
     images = sum(map(forecast.images, forecast.devices)) / forecast.step_seconds
     left = datetime.timedelta(seconds=round(config.steps * forecast.step_seconds))
     done = datetime.datetime.now() + left
-    alike = costs.seconds + config.engine.accumulation * costs.group_seconds
+    alike = costs.alike(config.engine.accumulation)
     room = "" if costs.capacity is None else f" of {costs.capacity / GIBI:.1f}"
     return "\n".join(
         [

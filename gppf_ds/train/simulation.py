@@ -49,6 +49,10 @@ class Costs:
         """The costs with batches of these sizes."""
         return replace(self, tasks={name: cost.at(batch_sizes[name]) for name, cost in self.tasks.items()})
 
+    def alike(self, groups: int) -> float:
+        """Seconds of a step of so many groups that every rank spends, whatever its devices do."""
+        return self.seconds + groups * self.group_seconds
+
     def matrix(self) -> np.ndarray:
         """Seconds of a device of each task by phase, (tasks, phases)."""
         return np.array([cost.seconds for cost in self.tasks.values()])
@@ -95,7 +99,7 @@ def simulate(tasks: Tasks, costs: Costs, layout: Layout, steps: Sequence[int]) -
 
     The devices of a rank run one after another, phase by phase, and a phase ends when the slowest rank is done: batch
     norms and the check of the losses are collective. So a step takes
-    ``costs.seconds + sum over groups of (costs.group_seconds + sum over phases of max over ranks of the rank's sum)``.
+    ``costs.alike(groups) + sum over groups and phases of max over ranks of the rank's sum``.
 
     Args:
         tasks: the schedule, for ``layout.devices`` devices.
@@ -115,7 +119,7 @@ def simulate(tasks: Tasks, costs: Costs, layout: Layout, steps: Sequence[int]) -
         longest += float(load.max(1).sum())
         own += float(load.mean(1).sum())
         fullest = max(fullest, float(memory[groups].sum(2).max()))
-    alike = (costs.seconds + layout.groups * costs.group_seconds) * len(steps)
+    alike = costs.alike(layout.groups) * len(steps)
     return Forecast(
         step_seconds=(longest + alike) / len(steps),
         busy=(own + alike) / (longest + alike),
