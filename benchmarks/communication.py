@@ -1,8 +1,8 @@
 """How many bytes does a step hand to collectives, over the bytes of the parameters that somebody used in it?
 
-Every collective of a step is counted where it leaves Python, by the code that starts it: gradients of backbone and
-heads, statistics of cross-task batch norm, the agreement on valid devices, the controllers' gradients, and DeepSpeed's
-own. The devices run three tasks, two or one, so that heads are left over; DDP sends what it always sends.
+Every collective of a step is counted where it leaves Python, by the code that starts it: gradients of backbone, heads
+and controllers, statistics of cross-task batch norm, the agreement on valid devices, and DeepSpeed's own. The devices
+run three tasks, two or one, so that heads are left over; DDP sends what it always sends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ARMS: dict[str, Any] = {
 } | {"DDP, find_unused_parameters=True": None}
 """Routes and ZeRO stage of ours."""
 
-KINDS = ("gradients", "batch norm", "agreement", "controllers", "DeepSpeed", "other")
+KINDS = ("gradients", "batch norm", "agreement", "DeepSpeed", "other")
 
 AIM = 1.05
 """The bytes of gradients over those of used parameters."""

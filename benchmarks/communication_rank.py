@@ -38,14 +38,13 @@ CASES = {"all heads used": 3, "one head unused": 2, "two heads unused": 1}
 """How many of the tasks the devices of a step run."""
 
 PLACES = (
-    ("gppf_ds/simt/reduction.py", "", "gradients"),
-    ("ddp_comm_hooks/default_hooks.py", "", "gradients"),
-    ("gppf_ds/backbone/norm.py", "", "batch norm"),
-    ("gppf_ds/simt/engine.py", "_controller_step", "controllers"),
-    ("gppf_ds/simt/engine.py", "", "agreement"),
-    ("/deepspeed/", "", "DeepSpeed"),
+    ("gppf_ds/simt/reduction.py", "gradients"),
+    ("ddp_comm_hooks/default_hooks.py", "gradients"),
+    ("gppf_ds/backbone/norm.py", "batch norm"),
+    ("gppf_ds/simt/engine.py", "agreement"),
+    ("/deepspeed/", "DeepSpeed"),
 )
-"""In whose code (a part of the file's name, the function or any) which kind of collective starts."""
+"""In whose code (a part of the file's name) which kind of collective starts."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ def _kind() -> str:
     """The kind of the innermost caller that is in :data:`PLACES`."""
     frame = sys._getframe(2)
     while frame is not None:
-        for file, function, kind in PLACES:
-            if file in frame.f_code.co_filename and function in ("", frame.f_code.co_name):
+        for file, kind in PLACES:
+            if file in frame.f_code.co_filename:
                 return kind
         frame = frame.f_back  # type: ignore[assignment]
     return "other"
@@ -155,11 +154,12 @@ class Bench:
         """See :meth:`cases`. One device per rank; its buckets go through a hook in Python, where they are counted."""
         arm = arms.Ddp(self.config, heads, self.device)
         arm.wrapped.register_comm_hook(None, allreduce_hook)
-        network = arm.module.network
+        network, rows = arm.module.network, arm.module.controller.logits
 
         def step(number: int, tasks: Sequence[str]) -> int:
             arm.step(number, tasks, self.data[tasks[dist.get_rank()]])
-            return _size(network.backbone) + sum(_size(network.heads.bank[task]) for task in set(tasks))
+            own = (_size(network.heads.bank[task]) + rows[task].nbytes for task in set(tasks))
+            return _size(network.backbone) + sum(own)
 
         return self.cases(self.settings.ranks, step)
 
@@ -194,7 +194,8 @@ def _used(engine: SimtEngine, report: StepReport) -> int:
     """Bytes of the gradients of all parameters that a device of this step used."""
     numbers = {name: torch.Size(shape).numel() for name, shape in engine.shapes.items()}
     learning = [(name, p) for name, p in engine.model.named_parameters() if p.requires_grad]
-    return sum(numbers[name] * p.element_size() for name, p in learning if report.counts[engine.owners[name]])
+    network = sum(numbers[name] * p.element_size() for name, p in learning if report.counts[engine.owners[name]])
+    return network + sum(row.nbytes for name, row in engine.controller.logits.items() if report.counts["task", name])
 
 
 def main() -> None:

@@ -33,8 +33,7 @@ def check_ours(cases: dict[str, Any]) -> None:
     for found in cases.values():
         assert found["gradients over used"]["min"] == found["gradients over used"]["max"] == 1
         assert found["bytes"]["batch norm"] > 0
-        assert found["calls"]["agreement"] == 2
-        assert found["calls"]["controllers"] == 1
+        assert found["calls"]["agreement"] == 1
         assert found["bytes"]["other"] == 0
 
 
@@ -51,8 +50,8 @@ def test_communication_tells_unused_heads_and_units_from_used_ones(tmp_path: Pat
         assert of_ddp["bytes"]["used"] == ours[case]["bytes"]["used"]
         assert of_ddp["gradients over used"]["min"] > 1.05
     assert theirs["one head unused"]["bytes"]["gradients"] >= ours["all heads used"]["bytes"]["gradients"]
-    fine_head = 1000 * (64 * 4 + 1) * 4
-    assert ours["one head unused"]["bytes"]["used"] - ours["two heads unused"]["bytes"]["used"] == fine_head
+    fine_head, row = 1000 * (64 * 4 + 1) * 4, 5 * 4 * 4  # the row: 5 layers of 4 units
+    assert ours["one head unused"]["bytes"]["used"] - ours["two heads unused"]["bytes"]["used"] == fine_head + row
     assert found[hard]["two heads unused"]["bytes"]["used"] < ours["two heads unused"]["bytes"]["used"]
 
 

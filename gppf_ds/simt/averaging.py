@@ -48,8 +48,9 @@ def scale_for_average(
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        else:
+            by_count[count].append(parameter.grad)
         gradients.append(parameter.grad)
-        by_count[count].append(parameter.grad)
     for count, group in by_count.items():
         if count != 1:
             torch._foreach_mul_(group, 1.0 / count)

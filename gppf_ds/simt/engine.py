@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import LegoLayer
@@ -120,9 +120,14 @@ class SimtEngine:
         else:
             self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
         named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
-        reduction = LayerwiseReduction(split_into_parts(named, len(self.model.backbone.layers), self._peers))
+        parts = split_into_parts(named, self._rows(), len(self.model.backbone.layers), self._peers)
+        reduction = LayerwiseReduction(parts)
         self.model.backbone.after_backward = reduction.backward_reached
         return reduction
+
+    def _rows(self) -> list[tuple[nn.Parameter, Owner]]:
+        """The controller's rows that learn, each its task's."""
+        return [] if self.controller.frozen else [(row, ("task", name)) for name, row in self.controller.logits.items()]
 
     def _peers(self, parameter: Any) -> Any:
         """The process group of the ranks that hold a parameter; None for all."""
@@ -231,7 +236,7 @@ class SimtEngine:
             self.engine.step()
         if self._loss_scale() < scale:
             skipped = "loss_scale_overflow"
-        self._controller_step(shares, scale, skipped is not None)
+        self._controller_step(scale, skipped is not None)
         return skipped
 
     def close(self) -> None:
@@ -363,26 +368,20 @@ class SimtEngine:
             return "non_finite_loss"
         if self.precision == "fp16":  # the loss scaler looks at the gradients
             return None
-        bad = (~torch.isfinite(torch.stack([norm for _, norm in norms])).all()).float()
-        if self.world_size > 1:
-            dist.all_reduce(bad)
-        return "non_finite_gradient" if bad > 0 else None
+        bad = ~torch.isfinite(torch.stack([norm for _, norm in norms])).all()
+        if self.expert_parallel is not None:  # otherwise all ranks hold the same sums: an all-reduce makes each once
+            agreed = bad.float()
+            dist.all_reduce(agreed)
+            bad = agreed > 0
+        return "non_finite_gradient" if bad else None
 
-    def _controller_step(self, shares: Mapping[Owner, int], loss_scale: float, skipped: bool) -> None:
-        """Task average and Adam step of the controller rows, each its task's."""
-        if self.controller.frozen:
-            return
-        names = list(self.controller.logits)
-        rows = [self.controller.logits[name] for name in names]
-        flat = torch.stack([row.grad if row.grad is not None else torch.zeros_like(row) for row in rows])
-        if self.world_size > 1:
-            dist.all_reduce(flat)
-        flat = flat / loss_scale
-        usable = not skipped and bool(torch.isfinite(flat).all())
-        for row, name, grad in zip(rows, names, flat, strict=True):
-            share = shares["task", name]
-            row.grad = grad / share if share and usable else None
-        self.controller_optimizer.step()
+    def _controller_step(self, loss_scale: float, skipped: bool) -> None:
+        """Adam step of the controller rows, whose gradients are task averages by now."""
+        gradients = [row.grad for row, _ in self._rows() if row.grad is not None]
+        if gradients and not skipped and torch.isfinite(torch.stack(gradients)).all():
+            if loss_scale != 1.0:
+                torch._foreach_div_(gradients, loss_scale)
+            self.controller_optimizer.step()
         self.controller_optimizer.zero_grad()
 
     def _loss_scale(self) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,19 +62,22 @@ class HeadBank(nn.Module):
 
         Args:
             jobs: this rank's devices.
-            loss_scale: gradients of the heads are computed scaled by this (fp16) and handed on unscaled.
+            loss_scale: that backward will start from (fp16): the heads' gradients are computed scaled by it.
             maps: the feature maps of the first device, then those of the second, ...
         """
         taps = len(maps) // len(jobs)
-        names = sorted({job.task for job in jobs})
-        parameters = [p for name in names for p in self.bank[name].parameters() if p.requires_grad]
+        learning = {
+            name: [p for p in self.bank[name].parameters() if p.requires_grad]
+            for name in sorted({job.task for job in jobs})
+        }
+        parameters = [p for own in learning.values() for p in own]
         sums: dict[Tensor, Tensor] = {}
         feature_grads: list[Tensor | None] = []
         outcomes: list[DeviceLoss] = []
         total = maps[0].new_zeros((), dtype=torch.float32)
         for number, job in enumerate(jobs):
             own = maps[number * taps : (number + 1) * taps]
-            head_parameters = [p for p in self.bank[job.task].parameters() if p.requires_grad]
+            head_parameters = learning[job.task]
             loss, outcome, grads = self._run(job, own, head_parameters, loss_scale)
             outcomes.append(outcome)
             if outcome.finite:
@@ -85,8 +89,8 @@ class HeadBank(nn.Module):
             if map_grads[-1] is None:  # backward has to pass every layer, whatever the head reads
                 map_grads[-1] = torch.zeros_like(own[-1])
             feature_grads += map_grads
-        stored = feature_grads + [sums.get(p, torch.zeros_like(p)) for p in parameters]
-        return _StoredGradients.apply(total, stored, loss_scale, *maps, *parameters), outcomes
+        stored = feature_grads + [sums[p] if p in sums else torch.zeros_like(p) for p in parameters]
+        return _StoredGradients.apply(total, stored, *maps, *parameters), outcomes
 
     def _run(
         self, job: Job, maps: Sequence[Tensor], parameters: Sequence[Tensor], loss_scale: float
@@ -102,12 +106,13 @@ class HeadBank(nn.Module):
             loss = torch.stack([term.float() for term in terms.values()]).sum() * self.loss_weights[job.task]
             inputs = [*parameters, *leaves]
             grads = torch.autograd.grad(loss, inputs, loss.new_tensor(loss_scale), allow_unused=True)
-        finite = torch.isfinite(loss.detach())
         # A scaled gradient that overflows is the loss scaler's business: it must see it to lower the scale.
-        for grad in grads if loss_scale == 1.0 else ():
-            if grad is not None:
-                finite = finite & torch.isfinite(grad).all()
-        outcome = DeviceLoss({k: float(v.detach()) for k, v in terms.items()}, bool(finite))
+        checked = [grad for grad in grads if grad is not None and grad.numel()] if loss_scale == 1.0 else []
+        norms = torch._foreach_norm([loss.detach(), *checked])
+        # One wait for the device, not one for each number.
+        numbers = torch.stack([value.detach().float() for value in (*terms.values(), *norms)]).tolist()
+        finite = all(map(math.isfinite, numbers[len(terms) :]))
+        outcome = DeviceLoss(dict(zip(terms, numbers, strict=False)), finite)
         if not outcome.finite:  # running statistics must not keep what made it so
             for buffer, value in zip(buffers, before, strict=True):
                 buffer.copy_(value)
@@ -115,17 +120,17 @@ class HeadBank(nn.Module):
 
 
 class _StoredGradients(torch.autograd.Function):
-    """A loss whose gradient with respect to its inputs is already known."""
+    """A loss whose gradients with respect to its inputs are known already, scaled as backward will be."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, stored: list[Tensor | None], loss_scale: float, *inputs: Tensor) -> Tensor:
-        ctx.stored, ctx.loss_scale = stored, loss_scale
+    def forward(ctx: Any, loss: Tensor, stored: list[Tensor | None], *inputs: Tensor) -> Tensor:
+        ctx.stored = stored
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        factor = grads[0] / ctx.loss_scale
-        return (None, None, None, *(x if x is None else x * factor.to(x.dtype) for x in ctx.stored))
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        stored, ctx.stored = ctx.stored, None  # so that autograd may keep the tensors rather than copy them
+        return (None, None, *stored)
 
 
 def learns(name: str, patterns: Sequence[str]) -> bool:

@@ -21,22 +21,27 @@ Part = Mapping[Any, Sequence[tuple[nn.Parameter, Owner]]]
 
 
 def split_into_parts(
-    named: Sequence[tuple[str, nn.Parameter, Owner]], num_layers: int, peers: Callable[[nn.Parameter], Any]
+    named: Sequence[tuple[str, nn.Parameter, Owner]],
+    rows: Sequence[tuple[nn.Parameter, Owner]],
+    num_layers: int,
+    peers: Callable[[nn.Parameter], Any],
 ) -> list[Part]:
-    """The parameters of a :class:`gppf_ds.simt.model.SimtModel` in the order in which backward is done with them.
+    """All parameters that learn, in the order in which backward is done with them.
 
     Args:
-        named: name, parameter and owner.
+        named: name, parameter and owner of those of a :class:`gppf_ds.simt.model.SimtModel`.
+        rows: of the controller, and their owners; every layer's backward adds to them.
         num_layers: of the backbone.
         peers: the process group of the ranks that hold a parameter; None for all.
 
     Returns:
-        1 + num_layers parts: the heads, then the layers from last to first.
+        1 + num_layers parts: the heads, then the layers from last to first, the rows with the first.
     """
     parts: list[dict[Any, list[Any]]] = [{} for _ in range(num_layers + 1)]
     for name, parameter, owner in named:
         layer = int(name.split(".")[2]) if name.startswith("backbone.layers.") else num_layers
         parts[num_layers - layer].setdefault(peers(parameter), []).append((parameter, owner))
+    parts[-1].setdefault(None, []).extend(rows)
     return list(parts)
 
 
@@ -50,7 +55,7 @@ class LayerwiseReduction:
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
         self.counts: Mapping[Owner, int] | None = None
-        self._flying: list[tuple[Tensor, list[Tensor], Any]] = []
+        self._flying: list[Any] = []
         self._next = 0
         self._strict = True
 
@@ -60,19 +65,14 @@ class LayerwiseReduction:
 
     def backward_reached(self, layer: int) -> None:
         """Backward is done with the heads and with all layers from ``layer`` on."""
-        if self.counts is not None:
+        if self.counts is not None and layer > 0:  # autograd comes to the rows, which go with the first layer, last
             self._launch(len(self.parts) - layer)
 
     def finish(self) -> None:
         """Launches what is left and waits for everything."""
         self._launch(len(self.parts))
-        for flat, gradients, work in self._flying:
-            if work is not None:
-                work.wait()
-            start = 0
-            for gradient in gradients:
-                gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-                start += gradient.numel()
+        for work in self._flying:
+            work.wait()
         self._flying.clear()
         self.counts = None
 
@@ -82,6 +82,14 @@ class LayerwiseReduction:
             for peers, parameters in part.items():
                 gradients = scale_for_average(parameters, self.counts, strict=self._strict)
                 if gradients and dist.get_world_size(peers) > 1:
-                    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-                    self._flying.append((flat, gradients, dist.all_reduce(flat, group=peers, async_op=True)))
+                    self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
         self._next = max(self._next, end)
+
+
+def _joined(gradients: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of all values, in which the gradients lie from now on: their memory is free, and sums need no
+    copying back."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.set_(part.view_as(gradient))
+    return flat
