@@ -23,7 +23,6 @@ KINDS = (
     "optimizer state",
     "gradients, stepped",
     "gradients, summed",
-    "reduction",
     "DeepSpeed's bucket",
     "activations",
     "peak",

@@ -155,7 +155,6 @@ class Books:
         buckets = [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
         now = {
             moment: size(gradients),
-            "reduction": size(flat for flat, *_ in engine.reduction._flying),
             "DeepSpeed's bucket": size(_tensors(buckets)),
         }
         for key, value in now.items():

@@ -33,7 +33,7 @@ def check_ours(cases: dict[str, Any]) -> None:
     for found in cases.values():
         assert found["gradients over used"]["min"] == found["gradients over used"]["max"] == 1
         assert found["bytes"]["batch norm"] > 0
-        assert found["calls"]["agreement"] == 1
+        assert found["calls"]["agreement"] == found["calls"]["gradients"] == 1  # one piece: the network is small
         assert found["bytes"]["other"] == 0
 
 
@@ -72,7 +72,8 @@ def check_shares(found: list[dict[str, Any]]) -> None:
         known = sum(held[kind] for kind in ("parameters", "fp32 copies", "optimizer state"))
         assert known <= held["at rest"] <= 1.02 * (known + held["DeepSpeed's bucket"] + held["gradients, stepped"])
         assert held["peak"] > held["at rest"]
-        assert held["reduction"] > 0
+        # What is being summed lies in the gradients themselves. ZeRO keeps a buffer for its parts besides.
+        assert one["stage"] or held["gradients, summed"] == pytest.approx(held["parameters"], rel=0.02)
         assert ratios["optimizer state"] == pytest.approx(0.5 if one["stage"] else 1, rel=0.01)
         assert ratios["parameters"] == pytest.approx(0.5 if one["stage"] == 3 else 1, rel=0.01)
 

@@ -1,7 +1,8 @@
 """Layer-synchronous reduction: a lego layer's gradients leave while the layers below it are still in backward.
 
 Every rank walks the same parts in the same order (heads, last layer, ..., first layer), whatever its devices run, so
-these collectives may share a process group with those of cross-task batch norm. What nobody used is not sent.
+these collectives may share a process group with those of cross-task batch norm. What nobody used is not sent. Layers
+with few parameters wait for the next one and travel together.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 
 from gppf_ds.simt.averaging import scale_for_average
 from gppf_ds.simt.usage import Owner
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients wait until so many are ready, as they do in torch's DDP: every message costs time of its own."""
 
 Part = Mapping[Any, Sequence[tuple[nn.Parameter, Owner]]]
 """By process group (None: all ranks), the parameters whose gradients are summed over it."""
@@ -50,10 +54,12 @@ class LayerwiseReduction:
 
     Args:
         parts: from :func:`split_into_parts`.
+        bucket_bytes: what it takes to send before backward is done.
     """
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], bucket_bytes: int = BUCKET_BYTES) -> None:
         self.parts = parts
+        self.bucket_bytes = bucket_bytes
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[Any] = []
         self._next = 0
@@ -78,12 +84,24 @@ class LayerwiseReduction:
 
     def _launch(self, end: int) -> None:
         assert self.counts is not None
-        for part in self.parts[self._next : end]:
+        ready = self.parts[self._next : end]
+        if end < len(self.parts) and self._bytes(ready) < self.bucket_bytes:
+            return
+        together: dict[Any, list[tuple[nn.Parameter, Owner]]] = {}
+        for part in ready:
             for peers, parameters in part.items():
-                gradients = scale_for_average(parameters, self.counts, strict=self._strict)
-                if gradients and dist.get_world_size(peers) > 1:
-                    self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
+                together.setdefault(peers, []).extend(parameters)
+        for peers, parameters in together.items():
+            gradients = scale_for_average(parameters, self.counts, strict=self._strict)
+            if gradients and dist.get_world_size(peers) > 1:
+                self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
         self._next = max(self._next, end)
+
+    def _bytes(self, parts: Sequence[Part]) -> int:
+        """Of the gradients that all ranks send: the same number on each, so that they send at the same places."""
+        assert self.counts is not None
+        used = [p for part in parts for p, owner in part.get(None, ()) if self.counts[owner]]
+        return sum(p.element_size() * getattr(p, "ds_numel", p.numel()) for p in used)
 
 
 def _joined(gradients: Sequence[Tensor]) -> Tensor:

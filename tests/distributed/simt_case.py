@@ -233,6 +233,7 @@ def run(case: dict, device: torch.device) -> None:
     config, failing = configuration(case), case.get("failing", [])
     model, controller, schedule = build(config)
     engine = SimtEngine(model, controller, config, device)
+    engine.reduction.bucket_bytes = case.get("bucket_bytes", 0)  # 0: every layer's gradients leave on their own
     reports = engine_run(engine, schedule, failing)
 
     groups, span = config.engine.accumulation, engine.num_devices // config.engine.accumulation

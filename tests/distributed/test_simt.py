@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from distributed.ranks import run_ranks
+from gppf_ds.simt.reduction import BUCKET_BYTES
 
 TOLERANCE = 1e-6
 """Of the relative error of every tensor (norm of the difference over norm) after 5 steps in fp32.
@@ -50,12 +51,12 @@ def test_two_ranks_equal_the_reference() -> None:
     check(
         2,
         [
-            {"stage": 0},
+            {"stage": 0, "bucket_bytes": BUCKET_BYTES},
             {"stage": 0, "routing": "hard", "clip": 0.5, "accumulation": 2},
-            {"stage": 1, "routing": "hard", "clip": 0.5, **adamw},
+            {"stage": 1, "routing": "hard", "clip": 0.5, "bucket_bytes": 10_000, **adamw},
             {"stage": 2, "devices": 2, "checkpoint": True},
             {"stage": 3, "routing": "hard", "clip": 0.5, "accumulation": 2},
-            {"stage": 3, "checkpoint": True, **adamw},
+            {"stage": 3, "checkpoint": True, "bucket_bytes": BUCKET_BYTES, **adamw},
         ],
     )
 
