@@ -46,12 +46,17 @@ _WRITERS = ("tensorboard", "csv_monitor")
 """Trackers that write files, DeepSpeed's default for which is the present folder."""
 
 
-def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
+MOST_IN_BUCKET = 50_000_000
+"""Values in DeepSpeed's buffer for reductions. Its own default would be 2 GB of fp32."""
+
+
+def deepspeed_config(config: RunConfig, precision: str, values: int = MOST_IN_BUCKET) -> dict[str, Any]:
     """What ``deepspeed.initialize`` gets.
 
     Args:
         config: of the run.
         precision: fp32, bf16 or fp16, resolved for the accelerator.
+        values: in all parameters; no bucket needs to hold more.
 
     Raises:
         UserError: the json is unreadable or contradicts the recipe.
@@ -61,8 +66,7 @@ def deepspeed_config(config: RunConfig, precision: str) -> dict[str, Any]:
     _refuse_contradictions(settings, config)
     zero = {
         "stage3_param_persistence_threshold": 0,
-        # Stages 1 and 2 hold a buffer of this many values; DeepSpeed's default is 2 GB of fp32.
-        "reduce_bucket_size": 50_000_000,
+        "reduce_bucket_size": min(values, MOST_IN_BUCKET),
         **settings.get("zero_optimization", {}),
         "stage": engine.zero_stage,
         # Overlap happens at lego layers in one fixed order; DeepSpeed's own follows each rank's autograd order.

@@ -89,7 +89,7 @@ class SimtEngine:
         self.engine = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, self.precision),
+            config=deepspeed_config(config, self.precision, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )[0]
         self.model: SimtModel = self.engine.module

@@ -69,6 +69,11 @@ def test_other_settings_of_the_user_arrive(tmp_path):
     assert made["zero_optimization"]["reduce_bucket_size"] == 123
 
 
+def test_a_small_network_needs_no_large_bucket() -> None:
+    for values, bucket in ((1000, 1000), (10**9, 50_000_000)):
+        assert deepspeed_config(run(zero_stage=1), "fp32", values)["zero_optimization"]["reduce_bucket_size"] == bucket
+
+
 def test_trackers_write_into_the_run_folder_unless_told_otherwise(tmp_path):
     settings = {"csv_monitor": {"enabled": True}, "tensorboard": {"enabled": True, "output_path": "mine"}}
     made = deepspeed_config(run(settings, tmp_path), "fp32")
