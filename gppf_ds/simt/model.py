@@ -40,7 +40,7 @@ class DeviceLoss:
     terms: dict[str, float]
     """Loss terms as the head named them, unweighted."""
     finite: bool
-    """Whether the loss and every gradient the head produced are finite."""
+    """Whether the loss and the norm of every gradient the head produced are finite."""
 
 
 class HeadBank(nn.Module):
