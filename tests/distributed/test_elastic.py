@@ -151,4 +151,4 @@ def test_the_same_devices_on_fewer_ranks_continue_the_same_run(history: list[Pha
     print(worst, errors[worst])
     assert errors[worst] < TOLERANCE, worst
     moved = {key: relative(before[key], wanted[key]) for key in keys}
-    assert [key for key in keys if moved[key] < 100 * TOLERANCE] == ["parameter heads.bank.dense.unused"]
+    assert [key for key in keys if moved[key] < 10 * TOLERANCE] == ["parameter heads.bank.dense.unused"]
