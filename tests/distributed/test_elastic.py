@@ -28,7 +28,7 @@ TOLERANCE = 1e-6
 
 OPTIMIZERS: dict[str, dict[str, float]] = {
     "adamw": {"learning_rate": 0.001, "epsilon": 1e-3},
-    "sgd": {"learning_rate": 0.01, "momentum": 0.9},
+    "sgd": {"learning_rate": 0.03, "momentum": 0.9},
 }
 KINDS = {"adamw": {"step", "exp_avg", "exp_avg_sq"}, "sgd": {"momentum_buffer"}}
 """Of the optimizer's state."""
@@ -151,4 +151,4 @@ def test_the_same_devices_on_fewer_ranks_continue_the_same_run(history: list[Pha
     print(worst, errors[worst])
     assert errors[worst] < TOLERANCE, worst
     moved = {key: relative(before[key], wanted[key]) for key in keys}
-    assert [key for key in keys if moved[key] < 10 * TOLERANCE] == ["parameter heads.bank.dense.unused"]
+    assert [key for key in keys if moved[key] < 100 * TOLERANCE] == ["parameter heads.bank.dense.unused"]
