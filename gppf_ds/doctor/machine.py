@@ -186,7 +186,7 @@ def _gpus() -> Iterator[Row]:
 
 
 def _cpu_instead(wants_cpu: bool, driver_found: bool) -> Row:
-    why = "Training runs on the CPU in fp32 or bf16; fp16 would not work, because DeepSpeed refuses it on the CPU."
+    why = "Training runs on the CPU: good for small networks and for trying a recipe out."
     if driver_found and not wants_cpu:
         why += " An NVIDIA driver is installed, but this torch cannot use it: compare its version with torch's CUDA."
     return Row("accelerator", "none (CPU)", "note", why)

@@ -18,16 +18,18 @@ from gppf_ds.simt.usage import Owner
 def scale_for_average(
     parameters: Iterable[tuple[nn.Parameter, Owner]],
     counts: Mapping[Owner, int],
+    loss_scale: float = 1.0,
     strict: bool = True,
 ) -> list[Tensor]:
     """Prepares this rank's gradients so that their sum over the ranks is the task average.
 
-    Gradients are scaled in place by 1 / N_p; a parameter that only other ranks used gets zeros; one that nobody
-    used gets None.
+    Gradients are scaled in place by 1 / (N_p * loss_scale); a parameter that only other ranks used gets zeros; one
+    that nobody used gets None.
 
     Args:
         parameters: with their owners, in the same order on every rank.
         counts: N_p of every owner.
+        loss_scale: that backward started from.
         strict: a gradient of a parameter that nobody used is an error. Not so where a device was dropped: batch
             statistics carry gradients of other losses into units that only the dropped device ran.
 
@@ -52,6 +54,6 @@ def scale_for_average(
             by_count[count].append(parameter.grad)
         gradients.append(parameter.grad)
     for count, group in by_count.items():
-        if count != 1:
-            torch._foreach_mul_(group, 1.0 / count)
+        if count * loss_scale != 1:
+            torch._foreach_mul_(group, 1.0 / (count * loss_scale))
     return gradients

@@ -22,6 +22,7 @@ from gppf_ds.simt.buffers import average_head_buffers
 from gppf_ds.simt.deepspeed_config import deepspeed_config
 from gppf_ds.simt.expert_parallel import ExpertParallel
 from gppf_ds.simt.job import import_deepspeed, resolve_precision
+from gppf_ds.simt.loss_scale import LossScale
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
 from gppf_ds.simt.optimizer import build_optimizer, learning_rate
@@ -46,7 +47,7 @@ class StepReport:
     experts: ExpertUsers = field(default_factory=dict)
     """How many devices of each task sent tokens to each expert."""
     norms: Sequence[tuple[Owner, Tensor]] = ()
-    """Of the fused gradient of every parameter that this rank holds, before clipping; none with fp16."""
+    """Of the fused gradient of every parameter that this rank holds, before clipping."""
 
     def gradient_norms(self) -> dict[Owner, float]:
         """The norm of the fused gradient by owner, 0 for those that nobody used; waits for the device."""
@@ -72,7 +73,8 @@ class SimtEngine:
         self.config = config
         self.device = device
         self.stage = config.engine.zero_stage
-        self.precision = resolve_precision(config.engine.precision, device)
+        precision = resolve_precision(config.engine.precision, device)
+        self.loss_scale = LossScale() if precision == "fp16" else None
         self.world_size, self.rank = dist.get_world_size(), dist.get_rank()
         self.controller = controller.to(device)
         self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
@@ -89,7 +91,7 @@ class SimtEngine:
         self.engine = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=deepspeed_config(config, self.precision, sum(p.numel() for p in model.parameters())),
+            config=deepspeed_config(config, precision, sum(p.numel() for p in model.parameters())),
             dist_init_required=False,
         )[0]
         self.model: SimtModel = self.engine.module
@@ -112,13 +114,22 @@ class SimtEngine:
         self._head_batches: Counter[str] = Counter()
 
     def _take_over_reduction(self) -> LayerwiseReduction:
-        """Gradients are summed layer by layer during backward, and DeepSpeed only partitions them."""
+        """Gradients are scaled, and summed layer by layer during backward, here; DeepSpeed only partitions them."""
+        optimizer = self.engine.optimizer
         if self.stage == 0:
             self.engine.enable_backward_allreduce = False
-        elif self.stage < 3:
-            self.engine.optimizer.average_tensor = lambda tensor, dtype: None
+            self.engine.torch_autocast_z0_gradscaler = None
         else:
-            self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
+            optimizer.torch_autocast_gradscaler = None
+            # One bucket of fp32. With autocast stage 3 would round the sums to 16 bits on their way to the partitions.
+            bucket = next(iter(optimizer.ipg_buckets.values()))
+            optimizer.ipg_buckets = {torch.float32: bucket}
+            optimizer.get_param_comm_dtype = lambda parameter: torch.float32
+        if self.stage == 3:
+            bucket.buffer = bucket.buffer.float()
+            optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
+        elif self.stage:
+            optimizer.average_tensor = lambda tensor, dtype: None
         named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         parts = split_into_parts(named, self._rows(), len(self.model.backbone.layers), self._peers)
         reduction = LayerwiseReduction(parts)
@@ -184,6 +195,7 @@ class SimtEngine:
             self.engine.train()
         paths = self._paths(tasks, step)
         losses: list[DeviceLoss] = []
+        scale = self.loss_scale.value if self.loss_scale else 1.0
         experts: defaultdict[Owner, Counter[str]] = defaultdict(Counter)
         valid = np.ones(len(tasks), dtype=bool)
         with self._local_gradients():
@@ -191,7 +203,7 @@ class SimtEngine:
                 if self._images_need_gradients:
                     for job in jobs:
                         job.passing.images.requires_grad_()
-                loss, outcomes, routing = self.engine(jobs, self._loss_scale())
+                loss, outcomes, routing = self.engine(jobs, scale)
                 if routing is not None:
                     self._count_experts(routing, experts)
                 losses.extend(outcomes)
@@ -204,18 +216,20 @@ class SimtEngine:
                 if number == len(groups):
                     counts = usage_counts(self._distinct_owners, tasks, paths, valid, experts)
                     shares = divisors(counts, len(tasks), len(set(tasks)), self.config)
-                    self.reduction.begin(shares, strict=bool(valid.all()))
-                self.engine.backward(loss, scale_wrt_gas=False)
+                    # What overflows may reach what nobody used, as nan.
+                    self.reduction.begin(shares, scale, strict=bool(valid.all()) and scale == 1.0)
+                self.engine.backward(loss * scale, scale_wrt_gas=False)
             self.reduction.finish()
             norms = self._norms(valid)
-            skipped = self._reason_to_skip(valid, norms)
+            skipped = self._reason_to_skip(valid, norms, scale)
             if skipped is not None:
                 counts = shares = dict.fromkeys(counts, 0)
                 for parameter, _ in self.parameters:
                     parameter.grad = None
         if self.stage == 3:
             self._clear_stale_partitions(shares)
-        return StepReport(losses, valid, self._update(shares, skipped), counts, paths, experts, norms)
+        self._update(shares, skipped)
+        return StepReport(losses, valid, skipped, counts, paths, experts, norms)
 
     def _count_experts(self, routing: Routing, experts: defaultdict[Owner, Counter[str]]) -> None:
         """Adds the devices that sent tokens to each expert."""
@@ -227,17 +241,15 @@ class SimtEngine:
                     if count:
                         experts["expert", layer, str(expert)][task] += int(count)
 
-    def _update(self, shares: Mapping[Owner, int], skipped: str | None) -> str | None:
-        """Lets the optimizers step, and returns why nothing changed, if so."""
+    def _update(self, shares: Mapping[Owner, int], skipped: str | None) -> None:
+        """Lets the optimizers step, unless something not finite speaks against it."""
         if self.masked is not None:
             self.masked.users = lambda name: shares[self.owners[name]]
-        scale = self._loss_scale()
         if self.stage > 0 or skipped is None:
             self.engine.step()
-        if self._loss_scale() < scale:
-            skipped = "loss_scale_overflow"
-        self._controller_step(scale, skipped is not None)
-        return skipped
+        if self.loss_scale and skipped != "non_finite_loss":
+            self.loss_scale.update(overflow=skipped is not None)
+        self._controller_step(skipped is not None)
 
     def close(self) -> None:
         """Takes DeepSpeed's hooks off the model and frees its buffers; the engine is of no use afterwards."""
@@ -356,39 +368,31 @@ class SimtEngine:
 
     def _norms(self, valid: np.ndarray) -> list[tuple[Owner, Tensor]]:
         """See :attr:`StepReport.norms`; none where no device contributes."""
-        if not valid.any() or self.precision == "fp16":
+        if not valid.any():
             return []
         held = [(p.grad, owner) for p, owner in self.parameters if p.grad is not None]
         norms = torch._foreach_norm([gradient for gradient, _ in held])
         return [(owner, norm) for (_, owner), norm in zip(held, norms, strict=True)]
 
-    def _reason_to_skip(self, valid: np.ndarray, norms: Sequence[tuple[Owner, Tensor]]) -> str | None:
+    def _reason_to_skip(self, valid: np.ndarray, norms: Sequence[tuple[Owner, Tensor]], scale: float) -> str | None:
         """Why this step must change nothing, if so: the same answer on every rank."""
         if not valid.any():
             return "non_finite_loss"
-        if self.precision == "fp16":  # the loss scaler looks at the gradients
-            return None
         bad = ~torch.isfinite(torch.stack([norm for _, norm in norms])).all()
         if self.expert_parallel is not None:  # otherwise all ranks hold the same sums: an all-reduce makes each once
             agreed = bad.float()
             dist.all_reduce(agreed)
             bad = agreed > 0
-        return "non_finite_gradient" if bad else None
+        if not bad:
+            return None
+        return "loss_scale_overflow" if scale > 1.0 else "non_finite_gradient"
 
-    def _controller_step(self, loss_scale: float, skipped: bool) -> None:
+    def _controller_step(self, skipped: bool) -> None:
         """Adam step of the controller rows, whose gradients are task averages by now."""
         gradients = [row.grad for row, _ in self._rows() if row.grad is not None]
         if gradients and not skipped and torch.isfinite(torch.stack(gradients)).all():
-            if loss_scale != 1.0:
-                torch._foreach_div_(gradients, loss_scale)
             self.controller_optimizer.step()
         self.controller_optimizer.zero_grad()
-
-    def _loss_scale(self) -> float:
-        if self.precision != "fp16":
-            return 1.0
-        scaler = self.engine.torch_autocast_z0_gradscaler
-        return float(scaler.get_scale() if scaler is not None else self.engine.optimizer.loss_scale)
 
     def _set_learning_rate(self, value: float) -> None:
         for group in self.engine.optimizer.param_groups:

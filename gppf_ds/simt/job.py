@@ -73,13 +73,7 @@ def import_deepspeed() -> Any:
 
 
 def resolve_precision(wanted: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16 for this device.
-
-    Raises:
-        UserError: fp16 on a CPU.
-    """
+    """fp32, bf16 or fp16 for this device."""
     if wanted == "auto":
         return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if wanted == "fp16" and device.type == "cpu":
-        raise UserError("engine.precision fp16 needs a GPU: use fp32 or bf16 on a CPU.")
     return wanted

@@ -63,11 +63,11 @@ class LayerwiseReduction:
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[Any] = []
         self._next = 0
-        self._strict = True
+        self._loss_scale, self._strict = 1.0, True
 
-    def begin(self, counts: Mapping[Owner, int], strict: bool) -> None:
+    def begin(self, counts: Mapping[Owner, int], loss_scale: float, strict: bool) -> None:
         """The next backward pass is the last one of the step; see :func:`scale_for_average` for the arguments."""
-        self.counts, self._strict, self._next = counts, strict, 0
+        self.counts, self._loss_scale, self._strict, self._next = counts, loss_scale, strict, 0
 
     def backward_reached(self, layer: int) -> None:
         """Backward is done with the heads and with all layers from ``layer`` on."""
@@ -92,7 +92,7 @@ class LayerwiseReduction:
             for peers, parameters in part.items():
                 together.setdefault(peers, []).extend(parameters)
         for peers, parameters in together.items():
-            gradients = scale_for_average(parameters, self.counts, strict=self._strict)
+            gradients = scale_for_average(parameters, self.counts, self._loss_scale, self._strict)
             if gradients and dist.get_world_size(peers) > 1:
                 self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
         self._next = max(self._next, end)

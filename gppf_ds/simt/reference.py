@@ -21,7 +21,7 @@ from gppf_ds.simt.model import HEAD_STREAM, SimtModel
 from gppf_ds.simt.optimizer import build_optimizer, learning_rate
 from gppf_ds.tasks.task import Batch
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp32": torch.float32}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Reference:
@@ -31,7 +31,7 @@ class Reference:
         model: with its initial values, on the device that computes; built without activation checkpointing.
         controller: of all tasks.
         config: of the run.
-        precision: fp32 or bf16 (autocast).
+        precision: fp32, or bf16 or fp16 (autocast).
 
     Attributes:
         optimizer, controller_optimizer: of plain torch.
@@ -47,14 +47,15 @@ class Reference:
         self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
 
     def step(
-        self, step: int, tasks: Sequence[str], batches: Sequence[Batch]
+        self, step: int, tasks: Sequence[str], batches: Sequence[Batch], loss_scale: float = 1.0
     ) -> tuple[list[dict[str, float]], dict[str, int]]:
-        """One optimizer step.
+        """One optimizer step; none where a gradient is not finite.
 
         Args:
             step: its number.
             tasks: the task of every device.
             batches: of every device.
+            loss_scale: that backward starts from.
 
         Returns:
             The loss terms of every device, unweighted; and how many devices used each parameter, by name.
@@ -67,7 +68,7 @@ class Reference:
         passed: list[Pass | None] = []
         span = len(tasks) // self.config.engine.accumulation
         for start in range(0, len(tasks), span):  # devices of one accumulation group share batch statistics
-            for named, one in self._backward(step, range(start, start + span), tasks, batches, routes):
+            for named, one in self._backward(step, range(start, start + span), tasks, batches, routes, loss_scale):
                 terms.append(named)
                 passed.append(one)
 
@@ -79,9 +80,12 @@ class Reference:
         }
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         for name, parameter in trained:
-            parameter.grad = _average(parameter, self._divisor(users[name], tasks))
+            parameter.grad = _average(parameter, self._divisor(users[name], tasks) * loss_scale)
         for task, row in self.controller.logits.items():
-            row.grad = _average(row, self._divisor(sum(one.route.task == task for one in contributing), tasks))
+            own = sum(one.route.task == task for one in contributing)
+            row.grad = _average(row, self._divisor(own, tasks) * loss_scale)
+        if not all(p.grad.isfinite().all() for _, p in trained if p.grad is not None):
+            return terms, dict.fromkeys(users, 0)
         if self.config.optimizer.clip_norm:
             nn.utils.clip_grad_norm_([p for _, p in trained], self.config.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
@@ -102,7 +106,13 @@ class Reference:
         return users and (per_task or users)
 
     def _backward(
-        self, step: int, devices: range, tasks: Sequence[str], batches: Sequence[Batch], routes: Sequence[Route]
+        self,
+        step: int,
+        devices: range,
+        tasks: Sequence[str],
+        batches: Sequence[Batch],
+        routes: Sequence[Route],
+        loss_scale: float,
     ) -> list[tuple[dict[str, float], Pass | None]]:
         """Adds the gradients of these devices' weighted losses, and returns their loss terms and passes.
 
@@ -128,7 +138,7 @@ class Reference:
         weighted.append(self._routing_loss([one for _, one in outcomes if one is not None]))
         total = torch.stack(weighted).sum()
         if total.requires_grad:
-            total.backward()
+            (total * loss_scale).backward()
         return outcomes
 
     def _chosen(self, one: Pass) -> set[tuple[str, str]]:
@@ -244,7 +254,7 @@ def uses(name: str, task: str, path: tuple[int, ...] | None, chosen: Collection[
     return True
 
 
-def _average(parameter: nn.Parameter, divisor: int) -> Tensor | None:
+def _average(parameter: nn.Parameter, divisor: float) -> Tensor | None:
     """The sum of the devices' gradients, divided; None, for no step at all, where the divisor is 0."""
     if divisor == 0:
         return None

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gppf_ds.backbone.moe.layout import Layout
 from gppf_ds.errors import UserError
+from gppf_ds.simt.loss_scale import LossScale
 from gppf_ds.simt.masked import Fragment
 from gppf_ds.train.capacity import Trial
 from gppf_ds.train.provenance import Provenance
@@ -44,6 +45,8 @@ class TrainState:
     """Of the run: the schedule, the samples and all noise follow from it."""
     unchanged_steps: int = 0
     """Steps in a row that the non-finite guard skipped."""
+    loss_scale: LossScale = field(default_factory=LossScale)
+    """Of an fp16 run."""
     kept: list[list[int]] | None = None
     """The units that every lego layer still holds; None for all."""
     paths_fixed: bool = False
@@ -142,8 +145,9 @@ class CheckpointReader:
         if values.pop("format") != FORMAT:
             raise UserError(f"{self.path} was written by another version of gppf_ds: resume it with that version.")
         trials = {task: Trial(**own) for task, own in values.pop("trials", {}).items()}
+        scale = LossScale(**values.pop("loss_scale", {}))
         known = {"provenance": Provenance.read(values.get("provenance")), "layout": Layout.read(values.get("layout"))}
-        return TrainState(**values | known, trials=trials)
+        return TrainState(**values | known, trials=trials, loss_scale=scale)
 
 
 def slices_of(fragment: Fragment) -> Iterable[tuple[str, Tensor]]:

@@ -131,8 +131,12 @@ class Trainer:
             self.state.cursors[name] += self.tasks[name].batch_size
 
     def _guard(self, report: StepReport) -> None:
-        """Ends the run, with a checkpoint, when nothing finite has come for too long."""
-        self.state.unchanged_steps = self.state.unchanged_steps + 1 if report.skipped else 0
+        """Ends the run, with a checkpoint, when nothing finite has come for too long.
+
+        Overflows neither count nor break the row: each halves the loss scale, down to 1.
+        """
+        if report.skipped != "loss_scale_overflow":
+            self.state.unchanged_steps = self.state.unchanged_steps + 1 if report.skipped else 0
         if report.skipped:
             self._decide("skip", report.skipped, self.state.step - 1)
         if self.state.unchanged_steps >= self.config.guard_limit:
@@ -215,6 +219,7 @@ class Trainer:
     def _save(self) -> Path:
         engine, kept = self.engine, self.state.kept
         engine.average_head_buffers()
+        self.state.loss_scale = engine.loss_scale or self.state.loss_scale
         shared = shared_tensors(engine.model, engine.controller, engine.controller_optimizer)
         shared = {key: tensor for key, tensor in shared.items() if is_kept(key.removeprefix(BUFFER), kept)}
         fragments = [fragment for fragment in engine.fragments() if is_kept(fragment.name, kept)]
@@ -267,5 +272,7 @@ class Trainer:
         engine = SimtEngine(model, controller, config, self.device)
         engine.load_fragments(reader.whole, reader.kinds)
         restore_shared(reader, engine.model, engine.controller, engine.controller_optimizer)
-        self.state = reader.state
+        if engine.loss_scale:
+            engine.loss_scale = state.loss_scale
+        self.state = state
         return engine

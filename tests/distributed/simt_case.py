@@ -1,6 +1,7 @@
 """Cases of the exactness matrix: five steps of the engine on real ranks against the single-process reference.
 
-Run on every rank with a json list of cases as its only argument; rank 0 prints the worst relative error of each case.
+Run on every rank with a json list of cases as its only argument; rank 0 prints the worst relative error of each case,
+and how far it ends from the first.
 """
 
 from __future__ import annotations
@@ -229,19 +230,28 @@ def engine_run(engine: SimtEngine, schedule: Schedule, failing: list[list[int]])
     return reports
 
 
-def run(case: dict, device: torch.device) -> None:
+def run(case: dict, device: torch.device, first: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One case; returns the parameters that it ends with. ``first`` are those of the first case."""
     config, failing = configuration(case), case.get("failing", [])
     model, controller, schedule = build(config)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = SimtEngine(model, controller, config, device)
     engine.reduction.bucket_bytes = case.get("bucket_bytes", 0)  # 0: every layer's gradients leave on their own
+    if engine.loss_scale:
+        engine.loss_scale.value = case.get("loss_scale", 1024.0)
     reports = engine_run(engine, schedule, failing)
+    overflowed = [step for step, report in enumerate(reports) if report.skipped == "loss_scale_overflow"]
+    failing = failing + [[step, d] for step in overflowed for d in range(engine.num_devices)]
 
     groups, span = config.engine.accumulation, engine.num_devices // config.engine.accumulation
     sharing = [list(range(g * span, (g + 1) * span)) for g in range(groups)]
     wanted, wanted_controller, usage = reference_run(config, engine.num_devices, sharing, failing)
-    values = {**engine.full_parameters(), **dict(engine.model.named_buffers())}
+    parameters = {name: p.detach() for name, p in engine.full_parameters().items()}
+    values = {**parameters, **dict(engine.model.named_buffers())}
+    # With 16 bits only how far a parameter moved says something: all of it is mostly where it started.
+    origin = {} if config.engine.precision == "fp32" else start
     errors = {
-        name: relative(values[name].detach(), tensor.detach())
+        name: relative(values[name] - origin.get(name, 0), tensor.detach() - origin.get(name, 0))
         for name, tensor in [*wanted.named_parameters(), *wanted.named_buffers()]
     }
     for task, row in wanted_controller.logits.items():
@@ -252,15 +262,19 @@ def run(case: dict, device: torch.device) -> None:
     idle = [name for name in usage[0] if not all(step[name] for step in usage)]
     if engine.rank == 0:
         worst = max(errors, key=errors.__getitem__)
-        result = {"worst": worst, "error": errors[worst], "sometimes_idle": len(idle)}
+        result = {"worst": worst, "error": errors[worst], "sometimes_idle": len(idle), "overflowed": overflowed}
+        result["from_first"] = max((relative(parameters[name], value) for name, value in first.items()), default=0.0)
         print("RESULT", json.dumps(result), flush=True)
+    return parameters
 
 
 def main() -> None:
     torch.set_num_threads(1)
     device = start_distributed(60.0)
+    first: dict[str, Tensor] = {}
     for case in json.loads(sys.argv[1]):
-        run(case, device)
+        parameters = run(case, device, first)
+        first = first or parameters
 
 
 if __name__ == "__main__":

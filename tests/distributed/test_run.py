@@ -43,14 +43,23 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
     return {f"{file.name}:{key}": t for file in folder.glob("*.safetensors") for key, t in load_file(file).items()}
 
 
+def loss_scale(run: Path) -> dict[str, float]:
+    state = sorted((run / "checkpoints").glob("step-*/state.json"))[-1]
+    return json.loads(state.read_text())["loss_scale"]
+
+
 def losses(run: Path) -> dict[int, Any]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: (line["tasks"], line["losses"]) for line in lines}
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 1, 3])
-def test_a_resumed_run_is_the_uninterrupted_run(light_recipe: dict[str, Any], tmp_path: Path, stage: int) -> None:
-    light_recipe["engine"]["zero_stage"] = stage
+@pytest.mark.parametrize(
+    ("stage", "precision"), [pytest.param(0, "fp32", marks=pytest.mark.long), (1, "fp16"), (3, "fp32")]
+)
+def test_a_resumed_run_is_the_uninterrupted_run(
+    light_recipe: dict[str, Any], tmp_path: Path, stage: int, precision: str
+) -> None:
+    light_recipe["engine"].update(zero_stage=stage, precision=precision)
     light_recipe["backbone"]["checkpoint"] = True
     whole = write_recipe({**light_recipe, "output": str(tmp_path / "whole")}, tmp_path, "whole.yaml")
     assert train(whole).returncode == 0
@@ -74,6 +83,9 @@ def test_a_resumed_run_is_the_uninterrupted_run(light_recipe: dict[str, Any], tm
     first, second = last_checkpoint(tmp_path / "whole"), last_checkpoint(tmp_path / "parts")
     assert first.keys() == second.keys()
     assert all(first[key].equal(second[key]) for key in first)
+    scale = loss_scale(tmp_path / "whole")
+    assert scale == loss_scale(tmp_path / "parts")
+    assert (scale == {"value": 2.0**16, "steps": 0}) == (precision == "fp32")
     expected, got = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert {step: got[step] for step in (5, 6, 7, 8)} == {step: expected[step] for step in (5, 6, 7, 8)}
     for counts, values in expected.values():  # whichever rank ran it

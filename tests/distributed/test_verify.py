@@ -74,15 +74,18 @@ def verify(recipe: dict[str, Any], folder: Path, plant: str | None = None) -> tu
     return codes, rows
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_an_honest_run_passes(light_recipe: dict[str, Any], tmp_path: Path, stage: int) -> None:
-    light_recipe["engine"].update(zero_stage=stage, accumulation=2, audit=True)
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (3, "fp32"), (2, "fp16"), pytest.param(1, "bf16", marks=pytest.mark.long)]
+)
+def test_an_honest_run_passes(light_recipe: dict[str, Any], tmp_path: Path, stage: int, precision: str) -> None:
+    light_recipe["engine"].update(zero_stage=stage, accumulation=2, audit=True, precision=precision)
     if stage == 3:
         light_recipe["optimizer"] = {"name": "adamw", "learning_rate": 0.001}
         light_recipe["backbone"]["routing"] = "hard"
     codes, rows = verify(light_recipe, tmp_path)
     assert codes == [0, 0], rows
-    assert all(row.endswith("| ok") and f"| {stage}, fp32" in row for row in rows.values()), rows
+    assert all(row.endswith("| ok") and f"| {stage}, {precision}" in row for row in rows.values()), rows
+    print("\n".join(rows.values()))
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def test_a_parameter_that_only_others_used_gets_zeros():
     assert torch.equal(gradient, torch.zeros(2, 3))
 
 
+def test_the_loss_scale_is_taken_away():
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, -1.5]) * 2.0**16
+    (gradient,) = scale_for_average([(parameter, A)], {A: 3}, loss_scale=2.0**16)
+    assert torch.equal(gradient, torch.tensor([1.0, -0.5]))
+
+
 def test_a_parameter_that_nobody_used_gets_none():
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.zeros(2)

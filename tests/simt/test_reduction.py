@@ -58,7 +58,7 @@ def test_small_layers_wait_for_the_next(
     made = reduction(bucket_values)
     counts = dict.fromkeys((owner_of(name) for name in SIZES), 2) | COUNTS
     for _ in range(2):  # every step alike
-        made.begin(counts, strict=True)
+        made.begin(counts, 1.0, strict=True)
         for layer in reversed(range(LAYERS)):
             before = len(sent)
             made.backward_reached(layer)
@@ -76,7 +76,7 @@ def test_gradients_stay_where_they_are_found_and_hold_the_sum(monkeypatch: pytes
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.full_like(parameter, float(number))
     held = [parameter.grad for parameter in parameters]
-    made.begin(dict.fromkeys((owner_of(name) for name in SIZES), 4), strict=True)
+    made.begin(dict.fromkeys((owner_of(name) for name in SIZES), 4), 1.0, strict=True)
     made.finish()
     for number, (parameter, gradient) in enumerate(zip(parameters, held, strict=True)):
         assert parameter.grad is gradient

@@ -121,7 +121,7 @@ def main() -> None:
     for name, settings in json.loads(sys.argv[2]).items():
         run(Path(sys.argv[1]), name, settings)
     if dist.get_rank() == 0:
-        # fp16, whose loss scaler this is, needs a GPU.
+        # Of DeepSpeed's own fp16 mode, which needs a GPU.
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 
         scaler = DynamicLossScaler(2.0**16, 2.0, 1000, 1.0, 1)
