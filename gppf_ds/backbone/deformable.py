@@ -30,9 +30,11 @@ class DeformableConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         vertical, horizontal, modulation = self.conv_offset(x).chunk(3, dim=1)
         offset = torch.cat([vertical, horizontal], dim=1)
-        return deform_conv2d(
-            x, offset, self.weight, None, self.stride, self.padding, self.dilation, torch.sigmoid(modulation)
-        )
+        # In the weights' precision, whatever autocast says: on a CPU torchvision knows nothing of it.
+        own, mask, offset = (value.to(self.weight.dtype) for value in (x, torch.sigmoid(modulation), offset))
+        with torch.autocast(x.device.type, enabled=False):
+            y = deform_conv2d(own, offset, self.weight, None, self.stride, self.padding, self.dilation, mask)
+        return y.to(x.dtype)
 
 
 def deformable(block: Block) -> Block:

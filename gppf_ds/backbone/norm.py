@@ -58,10 +58,17 @@ def cross_task_batch_norm(
         The normalised maps, lane by lane. A norm that no lane of any rank uses keeps its running statistics; one in
         evaluation mode (of a frozen unit) normalises with them.
     """
+    if _alone(norms, [slot for slot, _ in lanes], policy):
+        return [_by_torch(norms[slot], x) for slot, x in lanes]
+    return pooled_batch_norm(norms, lanes, policy)
+
+
+def pooled_batch_norm(
+    norms: Sequence[nn.BatchNorm2d], lanes: Sequence[tuple[int, Tensor]], policy: NormPolicy
+) -> list[Tensor]:
+    """:func:`cross_task_batch_norm` of several ranks, also where one has all devices: with 16 bits to the last bit."""
     slots = [slot for slot, _ in lanes]
     used = sorted(set(slots))
-    if _alone(norms, slots, policy):
-        return [_by_torch(norms[slot], x) for slot, x in lanes]
     affine = [tensor for slot in used for tensor in (norms[slot].weight, norms[slot].bias)]
     frozen = {slot: norms[slot] for slot in used if not norms[slot].training}
     plan = _Plan(policy, norms[0].eps, len(norms), slots, used, frozen)

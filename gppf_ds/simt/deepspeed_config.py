@@ -93,7 +93,12 @@ def deepspeed_config(config: RunConfig, precision: str, values: int = MOST_IN_BU
     }
     if precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[precision]
-        merged["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        merged["torch_autocast"] = {
+            "enabled": True,
+            "dtype": dtype,
+            # Of these stage 3 sends parameters and summed gradients in 16 bits, also where a module computes in fp32.
+            "lower_precision_safe_modules": [],
+        }
     return merged
 
 

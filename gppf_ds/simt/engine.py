@@ -121,12 +121,7 @@ class SimtEngine:
             self.engine.torch_autocast_z0_gradscaler = None
         else:
             optimizer.torch_autocast_gradscaler = None
-            # One bucket of fp32. With autocast stage 3 would round the sums to 16 bits on their way to the partitions.
-            bucket = next(iter(optimizer.ipg_buckets.values()))
-            optimizer.ipg_buckets = {torch.float32: bucket}
-            optimizer.get_param_comm_dtype = lambda parameter: torch.float32
         if self.stage == 3:
-            bucket.buffer = bucket.buffer.float()
             optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
         elif self.stage:
             optimizer.average_tensor = lambda tensor, dtype: None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import Pass
 from gppf_ds.backbone.moe.statistics import keep_running, losses, running_rows
-from gppf_ds.backbone.norm import Weighting
+from gppf_ds.backbone.norm import BatchNormRule, Weighting
 from gppf_ds.config import RunConfig
 from gppf_ds.seeding import FORWARD, seed_global_generators
 from gppf_ds.simt.model import HEAD_STREAM, SimtModel
@@ -32,16 +32,29 @@ class Reference:
         controller: of all tasks.
         config: of the run.
         precision: fp32, or bf16 or fp16 (autocast).
+        rule: how batch norms are computed; None for :func:`batch_norm`.
 
     Attributes:
         optimizer, controller_optimizer: of plain torch.
     """
 
-    def __init__(self, model: SimtModel, controller: Controller, config: RunConfig, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        model: SimtModel,
+        controller: Controller,
+        config: RunConfig,
+        precision: str = "fp32",
+        rule: BatchNormRule | None = None,
+    ) -> None:
         self.model = model
         self.controller = controller
         self.config = config
         self.dtype = AUTOCAST[precision]
+        backbone = config.backbone
+        explicit = partial(
+            batch_norm, weighting=backbone.norm_weighting, synchronise=backbone.norm_sync == "cross_task"
+        )
+        self.rule = rule or explicit
         model.backbone.detach_statistics(config.schedule.kind)
         self.optimizer = build_optimizer(model, config)
         self.controller_optimizer = torch.optim.Adam(controller.parameters(), lr=config.controller.learning_rate)
@@ -118,13 +131,12 @@ class Reference:
 
         A device whose loss is not finite takes part in batch statistics and in nothing else: it has no pass.
         """
-        seed, backbone = self.config.seed, self.config.backbone
-        rule = partial(batch_norm, weighting=backbone.norm_weighting, synchronise=backbone.norm_sync == "cross_task")
+        seed = self.config.seed
         passes = [Pass(batches[d].images, routes[d], (seed, step, d), batches[d].sizes) for d in devices]
         weighted: list[Tensor] = []
         outcomes: list[tuple[dict[str, float], Pass | None]] = []
         with torch.autocast(passes[0].images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            features = self.model.backbone(passes, rule)
+            features = self.model.backbone(passes, self.rule)
             for device, one, maps in zip(devices, passes, features, strict=True):
                 seed_global_generators(seed, FORWARD, step, device, HEAD_STREAM)
                 named = self.model.heads.bank[tasks[device]].loss(maps, batches[device].targets)  # type: ignore[operator]

@@ -85,6 +85,28 @@ def test_a_step_with_experts_spread_over_ranks_is_exact(
     verify(light_recipe, tmp_path, ranks, {"clip_norm": clip})
 
 
+@pytest.mark.parametrize(
+    ("family", "stage", "precision", "more"),
+    [
+        ("vit", 3, "bf16", {"units": 1, "moe": MOE}),
+        ("swin", 2, "fp16", {}),
+        pytest.param("swin", 1, "bf16", {"units": 1, "moe": MOE}, marks=pytest.mark.long),
+        pytest.param("vit", 0, "fp16", {"units": 1, "moe": MOE}, marks=pytest.mark.long),
+        pytest.param("convnext", 3, "fp16", {"routing": "hard"}, marks=pytest.mark.long),
+        pytest.param("convnext", 2, "bf16", {}, marks=pytest.mark.long),
+        pytest.param("deformable", 3, "bf16", {}, marks=pytest.mark.long),
+        pytest.param("deformable", 1, "fp16", {"routing": "hard"}, marks=pytest.mark.long),
+    ],
+)
+def test_a_step_with_16_bits_is_that_of_one_process(
+    light_recipe: dict[str, Any], tmp_path: Path, family: str, stage: int, precision: str, more: dict[str, Any]
+) -> None:
+    """Routers compute in fp32: a stage that sends their weights in 16 bits lets tokens choose other experts."""
+    light_recipe["backbone"] = {**FAMILIES[family], **more}
+    light_recipe["engine"] |= {"zero_stage": stage, "precision": precision, "devices_per_rank": 2}
+    print(verify(light_recipe, tmp_path))
+
+
 def verify(recipe: dict[str, Any], folder: Path, ranks: int = 2, optimizer: dict[str, Any] | None = None) -> str:
     """The table of ``gppf-ds verify``, after every rule has been seen to hold."""
     recipe["optimizer"] = {"name": "adamw", "learning_rate": 0.001, **(optimizer or {})}
