@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -127,7 +128,7 @@ class SimtEngine:
             optimizer.average_tensor = lambda tensor, dtype: None
         named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         parts = split_into_parts(named, self._rows(), len(self.model.backbone.layers), self._peers)
-        reduction = LayerwiseReduction(parts)
+        reduction = LayerwiseReduction(parts, {p: math.prod(self.shapes[n]) for n, p, _ in named})
         self.model.backbone.after_backward = reduction.backward_reached
         return reduction
 

@@ -54,11 +54,15 @@ class LayerwiseReduction:
 
     Args:
         parts: from :func:`split_into_parts`.
+        sizes: how many values each parameter of the network has; at ZeRO 3 it does not show while it is partitioned.
         bucket_bytes: what it takes to send before backward is done.
     """
 
-    def __init__(self, parts: Sequence[Part], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self, parts: Sequence[Part], sizes: Mapping[nn.Parameter, int], bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
         self.parts = parts
+        self.sizes = sizes
         self.bucket_bytes = bucket_bytes
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[Any] = []
@@ -101,7 +105,7 @@ class LayerwiseReduction:
         """Of the gradients that all ranks send: the same number on each, so that they send at the same places."""
         assert self.counts is not None
         used = [p for part in parts for p, owner in part.get(None, ()) if self.counts[owner]]
-        return sum(p.element_size() * getattr(p, "ds_numel", p.numel()) for p in used)
+        return sum(p.element_size() * self.sizes[p] for p in used)
 
 
 def _joined(gradients: Sequence[Tensor]) -> Tensor:

@@ -101,7 +101,7 @@ def restore_shared(
 def require_same_architecture(reader: CheckpointReader, model: nn.Module, tasks: Sequence[str]) -> None:
     """Raises :class:`UserError` with the first difference between a checkpoint and a model."""
     remedy = "use the recipe that wrote it, or choose another output folder."
-    wanted = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    wanted = {name: p.numel() for name, p in model.named_parameters()}
     sizes = reader.sizes()
     for name in [*wanted, *sizes]:
         if name not in sizes or name not in wanted:

@@ -33,7 +33,8 @@ def reduction(bucket_values: int) -> LayerwiseReduction:
     parameters = {name: nn.Parameter(torch.zeros(size)) for name, size in SIZES.items()}
     named = [(name, p, owner_of(name)) for name, p in parameters.items()]
     rows = [(nn.Parameter(torch.zeros(2)), ("task", "a")), (nn.Parameter(torch.zeros(2)), ("task", "b"))]
-    return LayerwiseReduction(split_into_parts(named, rows, LAYERS, lambda _: None), 4 * bucket_values)
+    sizes = {p: p.numel() for p in parameters.values()}
+    return LayerwiseReduction(split_into_parts(named, rows, LAYERS, lambda _: None), sizes, 4 * bucket_values)
 
 
 @pytest.mark.parametrize(
