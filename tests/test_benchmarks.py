@@ -69,6 +69,16 @@ def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -
     assert 0 < found["memory"]["checkpoint"] < 0.5 * found["memory"]["plain"]
 
 
+def test_levers_measures_each_against_the_step_without_it(tmp_path: Path) -> None:
+    small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--image-size", "64", "--models", "resnet50"]
+    command = [sys.executable, str(BENCHMARKS / "levers.py"), "--results", str(tmp_path), *small]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "levers.json").read_text())["result"]["resnet50"]
+    assert found["ratios"].keys() == {"channels last", "bf16", "bf16, channels last", "fused"}  # parts at batch norms
+    assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
+
+
 def test_moe_layer_measures_every_comparison_of_layers_that_compute_the_same(tmp_path: Path) -> None:
     small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--tokens", "20", "--width", "48", "--threads", "1"]
     command = [sys.executable, str(BENCHMARKS / "moe_layer.py"), "--results", str(tmp_path), *small]

@@ -282,7 +282,7 @@ class SimtEngine:
                 tensor.copy_(whole(name, "master")[start:end].view_as(tensor))
             if optimizer is not None and values:
                 optimizer.state[tensor] = {
-                    kind: value.clone() if value.dim() == 0 else value[start:end].view_as(tensor).to(tensor.device)
+                    kind: (value if value.dim() == 0 else value[start:end].view_as(tensor)).to(tensor.device, copy=True)
                     for kind, value in values.items()
                 }
 

@@ -38,4 +38,6 @@ def build_optimizer(model: SimtModel, config: RunConfig) -> torch.optim.Optimize
     groups = [group for group in groups if group["params"]]
     if settings.name == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon)
+    # Fused: one pass over memory where torch's default makes several. Its fused SGD wants momentum of all parameters or
+    # of none, and a head that is used for the first time has none yet.
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.epsilon, fused=True)

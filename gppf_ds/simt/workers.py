@@ -1,5 +1,7 @@
 """Answers from a pool of worker processes that goes on when one of them dies (out of memory, a crash in a decoder).
 
+So it does when one never starts: a process forked beside other threads can hang in a lock that one of them held.
+
 A request is answered by a pure function, so a fresh pool that starts at the first request not yet answered loses
 nothing and gives the same bits.
 """
@@ -7,23 +9,30 @@ nothing and gives the same bits.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Generic, TypeVar
 
 import torch
+import torch.multiprocessing
 from torch.utils.data import DataLoader, Dataset
 
 from gppf_ds.errors import UserError
 
 MAX_DEATHS = 3
 """Pools in a row that die without an answer, after which the run is given up."""
+
+START = 20.0
+"""Seconds for a worker to start; a forked one takes milliseconds."""
 
 _VERDICT = 2.0
 """Seconds for a worker whose pipe broke to be found dead."""
@@ -98,6 +107,7 @@ class WorkerPool(Generic[Request, Answer]):
         self._take(given)
         if not given:
             return
+        started = torch.multiprocessing.get_context().Semaphore(0)  # as high as workers have started
         loader = DataLoader(
             self.dataset,
             batch_size=None,
@@ -105,19 +115,24 @@ class WorkerPool(Generic[Request, Answer]):
             num_workers=self.workers,
             prefetch_factor=self.prefetch if self.workers else None,
             collate_fn=_identity,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, started),
         )
         answers, processes = _start(loader)
         try:
-            while self._unanswered:
-                with _deaths_told(processes):
-                    answer = next(answers)
-                self._unanswered.popleft()
-                yield answer
-                self._take(given)
+            with _alarm(processes, started) as hung:
+                while self._unanswered:
+                    with _deaths_told(processes, hung):
+                        answer = next(answers)
+                    self._unanswered.popleft()
+                    yield answer
+                    self._take(given)
         finally:
             if processes:
                 answers._shutdown_workers()
+            for process in processes:
+                if process.is_alive():  # one that never started hears no SIGTERM
+                    process.kill()
+                    process.join(_VERDICT)
 
     def _take(self, given: deque[Request]) -> None:
         """Takes as many requests as a pool may ask for until its next answer has been handed over.
@@ -139,8 +154,9 @@ def _identity(answer: Any) -> Any:
     return answer
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker(started: Any, worker: int) -> None:
     """One thread per worker: the pool is the parallelism."""
+    started.release()
     torch.set_num_threads(1)
     try:
         import cv2
@@ -160,7 +176,29 @@ def _start(loader: DataLoader[Answer]) -> tuple[Any, list[BaseProcess]]:
 
 
 @contextmanager
-def _deaths_told(processes: Sequence[BaseProcess]) -> Iterator[None]:
+def _alarm(processes: Sequence[BaseProcess], started: Any) -> Iterator[Callable[[], bool]]:
+    """Wakes this process, inside, when its workers should have started; hands out whether one of them then has not."""
+    due = time.monotonic() + START
+
+    def hung() -> bool:
+        return started.get_value() < len(processes) and time.monotonic() >= due
+
+    def wake() -> None:
+        if hung():
+            os.kill(os.getpid(), signal.SIGCHLD)
+
+    timer = threading.Timer(START, wake)
+    timer.daemon = True
+    if processes:
+        timer.start()
+    try:
+        yield hung
+    finally:
+        timer.cancel()
+
+
+@contextmanager
+def _deaths_told(processes: Sequence[BaseProcess], hung: Callable[[], bool]) -> Iterator[None]:
     """Inside, the death of a worker raises :class:`_WorkerDeathError`; outside, it waits.
 
     torch's own handler of SIGCHLD raises in whatever the main thread is doing, in the middle of a step too: it goes.
@@ -172,6 +210,8 @@ def _deaths_told(processes: Sequence[BaseProcess]) -> Iterator[None]:
         return
 
     def tell(*_: Any) -> None:
+        if hung():
+            raise _WorkerDeathError(f"it did not start within {START:g} s")
         if any(process.exitcode is not None for process in processes):
             raise _WorkerDeathError(_cause(processes))
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -95,6 +96,33 @@ def test_deaths_with_batches_between_them_go_on(tmp_path: Path) -> None:
     found = list(batches(Often(tmp_path / "often", 0), count=1))
     assert same(found, list(batches(Deadly(tmp_path / "never", 0), count=1)))
     assert sum(batch.restarts for batch in found) == 4 > MAX_DEATHS
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_never_starts_is_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """As one that hangs in a lock that another thread held when it was forked; SIGTERM does not end it."""
+    undisturbed = list(batches(Deadly(tmp_path, 0), count=count))
+    honest = workers._start_worker
+
+    def hang_once(started: Any, worker: int) -> None:
+        if worker == 0 and not (tmp_path / "hung").exists():
+            (tmp_path / "hung").write_text(str(os.getpid()))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(600)
+        honest(started, worker)
+
+    monkeypatch.setattr(workers, "_start_worker", hang_once)
+    monkeypatch.setattr(workers, "START", 1.0)
+    with caplog.at_level(logging.WARNING):
+        found = list(batches(Deadly(tmp_path, 0), count=count))
+    assert same(found, undisturbed)
+    assert sum(batch.restarts for batch in found) == 1
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "did not start within 1 s" in line
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "hung").read_text()), 0)
 
 
 @pytest.mark.parametrize("count", [1, 2])
