@@ -187,14 +187,17 @@ def _alarm(processes: Sequence[BaseProcess], started: Any) -> Iterator[Callable[
         if hung():
             os.kill(os.getpid(), signal.SIGCHLD)
 
+    if not processes:
+        yield hung
+        return
     timer = threading.Timer(START, wake)
     timer.daemon = True
-    if processes:
-        timer.start()
+    timer.start()
     try:
         yield hung
     finally:
         timer.cancel()
+        timer.join()  # the next pool is forked beside as few threads as may be
 
 
 @contextmanager

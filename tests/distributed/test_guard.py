@@ -37,8 +37,10 @@ def test_a_run_without_finite_gradients_ends_with_a_checkpoint(
     light_recipe["engine"].update(precision=precision, zero_stage=2)
     command = ["-m", "gppf_ds", "train", "--config", str(write_recipe(light_recipe, tmp_path))]
     codes, outputs = end_ranks([command] * 2, timeout=120, PYTHONPATH=f"{tmp_path}:{environment()['PYTHONPATH']}")
-    assert codes[0] == 2, outputs
-    assert "3 steps in a row had no finite loss or gradient (non_finite_loss" in outputs[0]
+    assert 2 in codes, outputs
+    assert 0 not in codes, outputs
+    # Both ranks come to it; the first one tells.
+    assert "3 steps in a row had no finite loss or gradient (non_finite_loss" in "\n".join(outputs)
 
     saved = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert len(saved) == overflows + 3
