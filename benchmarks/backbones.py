@@ -6,13 +6,11 @@ and backward of the backbone in training (evaluation: forward alone) on one batc
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import harness
@@ -189,18 +187,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measures, prints the tables and writes the json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of timm (default: %(default)s)")
-    parser.add_argument("--full", action="store_true", help="the models as timm has them, not narrow ones")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of every arm (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="images (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for the json")
-    args = parser.parse_args()
-    unknown = [name for name in args.models if name not in MODELS and not args.full]
-    if unknown or min(args.steps, args.batch_size) < 1:
-        sys.exit(f"{unknown} need --full" if unknown else "--steps and --batch-size start at 1")
+    args, settings = harness.arguments_of_models(__doc__, list(MODELS), steps=20, warmup=3, batch_size=4)
     harness.restart_with_steady_malloc()
     device = start_distributed(600.0)
     result = {}
@@ -210,8 +197,7 @@ def main() -> None:
         result[name] = measure(bench, args.warmup, args.steps)
         print(json.dumps({name: result[name]["milliseconds"]}), file=sys.stderr)
     print(report(result))
-    settings = {key: getattr(args, key) for key in ("models", "full", "steps", "warmup", "batch_size", "image_size")}
-    harness.save("backbones", {**settings, "ranks": 1}, result, args.results)
+    harness.save("backbones", settings, result, args.results)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
@@ -62,6 +63,32 @@ class Outcome:
     """What rank 0 handed over."""
     reason: str = ""
     """The last words of the rank that failed first."""
+
+
+def arguments_of_models(
+    about: str | None, models: Sequence[str], steps: int, warmup: int, batch_size: int
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command line of a benchmark of timm's models, and the settings for its json; ends where they do not fit.
+
+    Args:
+        about: the benchmark's documentation.
+        models: that it knows narrow ones of.
+        steps, warmup, batch_size: defaults.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(models), help="names of timm (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="the models as timm has them, not narrow ones")
+    parser.add_argument("--steps", type=int, default=steps, help="measured steps of every arm (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=warmup, help="steps before them (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="images (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the json")
+    args = parser.parse_args()
+    unknown = [name for name in args.models if name not in models and not args.full]
+    if unknown or min(args.steps, args.batch_size) < 1:
+        sys.exit(f"{unknown} need --full" if unknown else "--steps and --batch-size start at 1")
+    settings = {key: getattr(args, key) for key in ("models", "full", "steps", "warmup", "batch_size", "image_size")}
+    return args, {**settings, "ranks": 1}
 
 
 def run_ranks(script: Path, argument: str, ranks: int, limit: float) -> Outcome:

@@ -6,12 +6,10 @@ and backward of a static lego backbone in training on one batch of random images
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -82,18 +80,7 @@ def report(result: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measures, prints the table and writes the json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="names of timm (default: %(default)s)")
-    parser.add_argument("--full", action="store_true", help="the models as timm has them, not narrow ones")
-    parser.add_argument("--steps", type=int, default=20, help="measured steps of every arm (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before them (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="images (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder for the json")
-    args = parser.parse_args()
-    unknown = [name for name in args.models if name not in MODELS and not args.full]
-    if unknown or min(args.steps, args.batch_size) < 1:
-        sys.exit(f"{unknown} need --full" if unknown else "--steps and --batch-size start at 1")
+    args, settings = harness.arguments_of_models(__doc__, list(MODELS), steps=20, warmup=3, batch_size=4)
     harness.restart_with_steady_malloc()
     device = start_distributed(600.0)
     result = {}
@@ -102,8 +89,7 @@ def main() -> None:
         result[name] = measure(name, {} if args.full else MODELS[name], images, args.warmup, args.steps)
         print(json.dumps({name: result[name]["milliseconds"]}), file=sys.stderr)
     print(report(result))
-    settings = {key: getattr(args, key) for key in ("models", "full", "steps", "warmup", "batch_size", "image_size")}
-    harness.save("levers", {**settings, "ranks": 1}, result, args.results)
+    harness.save("levers", settings, result, args.results)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,14 @@ def results(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
     return found["result"]
 
 
+def results_of_one_process(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
+    """The json of a benchmark that has no ranks."""
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--results", str(folder), *arguments]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / f"{name}.json").read_text())["result"]
+
+
 def test_exactness_tells_the_task_average_from_the_world_average(tmp_path: Path) -> None:
     ours, ddp = "ours, ZeRO-2", "DDP, find_unused_parameters=True"
     found = results("exactness", tmp_path, "--drift-steps", "2", "--arms", ours, ddp)
@@ -60,10 +68,7 @@ def test_step_overhead_measures_both_arms_of_every_comparison(tmp_path: Path) ->
 
 def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -> None:
     small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--image-size", "64", "--models", "resnet50"]
-    command = [sys.executable, str(BENCHMARKS / "backbones.py"), "--results", str(tmp_path), *small]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "backbones.json").read_text())["result"]["resnet50"]
+    found = results_of_one_process("backbones", tmp_path, *small)["resnet50"]
     assert len(found["ratios"]) == 6
     assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
     assert 0 < found["memory"]["checkpoint"] < 0.5 * found["memory"]["plain"]
@@ -71,20 +76,14 @@ def test_backbones_measures_every_comparison_and_checkpointing(tmp_path: Path) -
 
 def test_levers_measures_each_against_the_step_without_it(tmp_path: Path) -> None:
     small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--image-size", "64", "--models", "resnet50"]
-    command = [sys.executable, str(BENCHMARKS / "levers.py"), "--results", str(tmp_path), *small]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "levers.json").read_text())["result"]["resnet50"]
+    found = results_of_one_process("levers", tmp_path, *small)["resnet50"]
     assert found["ratios"].keys() == {"channels last", "bf16", "bf16, channels last", "fused"}  # parts at batch norms
     assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
 
 
 def test_moe_layer_measures_every_comparison_of_layers_that_compute_the_same(tmp_path: Path) -> None:
     small = ["--steps", "1", "--warmup", "0", "--batch-size", "1", "--tokens", "20", "--width", "48", "--threads", "1"]
-    command = [sys.executable, str(BENCHMARKS / "moe_layer.py"), "--results", str(tmp_path), *small]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads((tmp_path / "moe_layer.json").read_text())["result"]
+    found = results_of_one_process("moe_layer", tmp_path, *small)
     assert len(found["milliseconds"]) == 6
     assert len(found["ratios"]) == 4
     assert all(ratio["min"] > 0 for ratio in found["ratios"].values())
