@@ -156,7 +156,7 @@ class EngineConfig:
     zero_stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage: what is partitioned over the ranks (1 optimizer state, 2 gradients, 3 parameters)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """fp32, or mixed precision with fp32 parameters; auto is bf16 where a GPU has it."""
+    """fp32, or mixed precision with fp32 parameters; auto is bf16 where a GPU has it. On a CPU fp16 is slow."""
     offload_optimizer: bool = False
     """Keep optimizer state and step on the CPU (stages 1 to 3)."""
     devices_per_rank: int = 1
