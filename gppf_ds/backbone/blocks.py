@@ -72,6 +72,9 @@ class Family:
     """Keyword arguments for ``timm.create_model`` that make the model take images of any size."""
     variants: Mapping[str, Callable[[Block], Block]] = field(default_factory=dict)
     """Other classes of blocks that may stand beside the plain one in a layer (``backbone.unit_blocks``)."""
+    channels_last: bool = False
+    """Whether the maps of a training in 16 bits lie channels-last in memory: where ``benchmarks/levers.py`` shows it to
+    pay."""
 
     def of_class(self, kind: str, block: Block) -> Block:
         """The block as one of this class; ``plain`` is timm's own."""

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -147,9 +147,28 @@ class _WeightedSum(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weights, *ys = ctx.saved_tensors
         (grad,) = grads
-        flat = grad.reshape(-1)
-        dots = torch.stack([torch.dot(flat, y.reshape(-1)) for y in ys]).to(weights.dtype)
+        # A gradient in another memory layout than the maps would slow down all that comes before.
+        last = _is_channels_last(ys[0])
+        grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        flat, *flat_ys = ((x.movedim(1, -1) if last else x).reshape(-1) for x in (grad, *ys))
+        dots = torch.stack([torch.dot(flat, y) for y in flat_ys]).to(weights.dtype)
         return dots, *(grad * weight for weight in weights.to(grad.dtype))
+
+
+class _ForHead(torch.autograd.Function):
+    """A channels-last map in the usual order, which heads may count on; its gradient comes back channels-last."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0].contiguous(memory_format=torch.channels_last)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class LegoBackbone(nn.Module):
@@ -263,6 +282,9 @@ class LegoBackbone(nn.Module):
             For every device its maps (B, channels[i], H / strides[i], W / strides[i]).
         """
         xs = tuple(one.images for one in passes)
+        channels_last = self.channels_last(xs[0].device.type)
+        if channels_last:
+            xs = tuple(x.contiguous(memory_format=torch.channels_last) for x in xs)
         features: list[list[Tensor]] = [[] for _ in passes]
         for layer in self.layers:
             assert isinstance(layer, LegoLayer)
@@ -279,8 +301,17 @@ class LegoBackbone(nn.Module):
             if layer.tap is not None:
                 for maps, x, one in zip(features, xs, passes, strict=True):
                     height, width = one.images.shape[-2:]
-                    maps.append(layer.tap.as_map(x, (height, width)))
+                    found = layer.tap.as_map(x, (height, width))
+                    maps.append(cast(Tensor, _ForHead.apply(found)) if channels_last else found)
         return features
+
+    def channels_last(self, kind: str) -> bool:
+        """Whether maps lie channels-last in memory: for families that gain from it, under autocast.
+
+        Args:
+            kind: of device, as torch calls it.
+        """
+        return self.family.channels_last and torch.is_autocast_enabled(kind)
 
 
 def _keep_statistics(layer: LegoLayer, passes: Sequence[Pass], xs: Sequence[Tensor]) -> tuple[Tensor, ...]:

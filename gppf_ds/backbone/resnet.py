@@ -40,4 +40,4 @@ def split(model: Any) -> list[Block]:
     return blocks
 
 
-FAMILY = Family(split, variants={"deformable": deformable})
+FAMILY = Family(split, variants={"deformable": deformable}, channels_last=True)

@@ -259,6 +259,49 @@ def test_activation_checkpointing_changes_nothing(routing, noise):
         assert torch.equal(b, c), name
 
 
+@pytest.mark.parametrize("routing", ["soft", "hard"])
+def test_channels_last_changes_the_order_in_memory_alone(routing, monkeypatch):
+    results = []
+    for last in (False, True):
+        backbone = make(units=2).train()
+        monkeypatch.setattr(backbone, "channels_last", lambda kind, last=last: last)
+        orders: set[bool] = set()
+
+        def note(layer, inputs, outputs, orders=orders):
+            for x in outputs:
+                orders.add(x.is_contiguous(memory_format=torch.channels_last))
+                x.register_hook(lambda grad: orders.add(grad.is_contiguous(memory_format=torch.channels_last)))
+
+        for layer in backbone.layers:
+            layer.register_forward_hook(note)
+        weights = soft(backbone).weights.requires_grad_()
+        paths = ((1, 0, 1, 1, 0, 1), (0, 0, 1, 0, 0, 1)) if routing == "hard" else (None, None)
+        passes = [
+            Pass(images(2, 3, 64, size, seed=d), Route(weights, path))
+            for d, (size, path) in enumerate(zip((64, 96), paths, strict=True))
+        ]
+        maps = backbone(passes, NormPolicy())
+        assert all(x.is_contiguous() for device in maps for x in device)
+        total(maps).backward()
+        assert orders == {last}
+        results.append((weights.grad, backbone))
+    (one_grad, one), (two_grad, two) = results
+    close(one_grad, two_grad, 1e-5)
+    for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        assert p.grad is None or float((p.grad - q.grad).norm() / p.grad.norm()) < 1e-4, name
+    for (name, b), c in zip(one.named_buffers(), two.buffers(), strict=True):
+        assert torch.allclose(b, c, rtol=1e-5, atol=1e-6), name
+
+
+def test_maps_of_resnets_lie_channels_last_in_16_bits():
+    resnet, convnext = make(), make("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)})
+    for precision, expected in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            assert resnet.channels_last("cpu") is expected
+            assert not convnext.channels_last("cpu")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "policy"),
     [
