@@ -6,6 +6,7 @@ few devices run would learn that much slower).
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -54,6 +55,7 @@ def scale_for_average(
             by_count[count].append(parameter.grad)
         gradients.append(parameter.grad)
     for count, group in by_count.items():
-        if count * loss_scale != 1:
-            torch._foreach_mul_(group, 1.0 / (count * loss_scale))
+        factor = 1.0 / (count * loss_scale)
+        if not math.isclose(factor, 1.0):
+            torch._foreach_mul_(group, factor)
     return gradients

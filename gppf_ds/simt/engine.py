@@ -191,7 +191,8 @@ class SimtEngine:
             self.engine.train()
         paths = self._paths(tasks, step)
         losses: list[DeviceLoss] = []
-        scale = self.loss_scale.value if self.loss_scale else 1.0
+        # Backward starts from the mean over the devices: what all of them use needs no more scaling.
+        scale = self.loss_scale.value if self.loss_scale else 1.0 / len(tasks)
         experts: defaultdict[Owner, Counter[str]] = defaultdict(Counter)
         valid = np.ones(len(tasks), dtype=bool)
         with self._local_gradients():
@@ -213,7 +214,7 @@ class SimtEngine:
                     counts = usage_counts(self._distinct_owners, tasks, paths, valid, experts)
                     shares = divisors(counts, len(tasks), len(set(tasks)), self.config)
                     # What overflows may reach what nobody used, as nan.
-                    self.reduction.begin(shares, scale, strict=bool(valid.all()) and scale == 1.0)
+                    self.reduction.begin(shares, scale, strict=bool(valid.all()) and scale <= 1.0)
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
             self.reduction.finish()
             norms = self._norms(valid)

@@ -62,7 +62,7 @@ class HeadBank(nn.Module):
 
         Args:
             jobs: this rank's devices.
-            loss_scale: that backward will start from (fp16): the heads' gradients are computed scaled by it.
+            loss_scale: that backward will start from: the heads' gradients are computed scaled by it.
             maps: the feature maps of the first device, then those of the second, ...
         """
         taps = len(maps) // len(jobs)
@@ -107,7 +107,7 @@ class HeadBank(nn.Module):
             inputs = [*parameters, *leaves]
             grads = torch.autograd.grad(loss, inputs, loss.new_tensor(loss_scale), allow_unused=True)
         # A scaled gradient that overflows is the loss scaler's business: it must see it to lower the scale.
-        checked = [grad for grad in grads if grad is not None and grad.numel()] if loss_scale == 1.0 else []
+        checked = [grad for grad in grads if grad is not None and grad.numel()] if loss_scale <= 1.0 else []
         norms = torch._foreach_norm([loss.detach(), *checked])
         # One wait for the device, not one for each number.
         numbers = torch.stack([value.detach().float() for value in (*terms.values(), *norms)]).tolist()

@@ -45,8 +45,9 @@ def check_label_map(labels: NDArray[Any], classes: int, path: str | Path, reduce
     Args:
         reduced: whether the labels were reduced by 1 when they were read; the sentence names those of the file.
     """
-    highest = int(np.where(labels == IGNORE, 0, labels).max(initial=0))
-    if highest >= classes:
+    wrong = (labels >= classes) & (labels != IGNORE)
+    if wrong.any():
+        highest = int(labels[wrong].max())
         ignored = f"0 and {IGNORE}" if reduced else str(IGNORE)
         raise UserError(
             f"{path} has a pixel of class {highest + reduced} and the head has {classes} classes ({int(reduced)} to "

@@ -59,6 +59,17 @@ def test_the_loss_scale_is_taken_away():
     assert torch.equal(gradient, torch.tensor([1.0, -0.5]))
 
 
+@pytest.mark.parametrize("devices", [1, 4, 49, 16_384])  # 49 * (1 / 49) is not 1
+def test_backward_that_starts_from_the_mean_leaves_nothing_to_scale_for_what_all_use(devices):
+    shared, head = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+    shared.grad, head.grad = (torch.tensor([3.0, -1.5]) / devices for _ in range(2))
+    before, version = shared.grad.clone(), shared.grad._version
+    scale_for_average([(shared, ALL), (head, A)], {ALL: devices, A: 3}, loss_scale=1 / devices)
+    assert torch.equal(shared.grad, before)
+    assert shared.grad._version == version  # nobody wrote into it
+    torch.testing.assert_close(head.grad, torch.tensor([1.0, -0.5]))
+
+
 def test_a_parameter_that_nobody_used_gets_none():
     parameter = nn.Parameter(torch.ones(2))
     parameter.grad = torch.zeros(2)
