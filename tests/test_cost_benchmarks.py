@@ -14,6 +14,11 @@ import torch
 from distributed.ranks import ROOT, environment
 from torch import nn
 
+from gppf_ds.config import LoaderConfig
+from gppf_ds.data.demo import make_demo_data
+from gppf_ds.simt.loader import TaskReader, load
+from gppf_ds.simt.sampler import Request
+
 BENCHMARKS = ROOT / "benchmarks"
 TINY = ["--options", '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]}', "--batch-size", "1"]
 DDP = "DDP, find_unused_parameters=True"
@@ -120,8 +125,8 @@ def test_live_counts_every_storage_once_and_lets_go(monkeypatch: pytest.MonkeyPa
 
 
 def test_data_speed_reads_the_same_images_on_both_sides(tmp_path: Path) -> None:
-    small = ["--pipelines", "light", "--image-size", "64", "--images", "4", "--rounds", "2", "--warmup", "0"]
-    found = results("data_speed", tmp_path, *small, "--kinds", "classification")
+    small = ["--pipelines", "light", "--image-size", "64", "--images", "4", "--rounds", "1", "--warmup", "0"]
+    found = results("data_speed", tmp_path, *small, "--starts", "2", "--kinds", "classification")
     assert list(found) == ["classification"]
     for kind in found.values():
         for side in ("ours", "theirs"):
@@ -129,8 +134,30 @@ def test_data_speed_reads_the_same_images_on_both_sides(tmp_path: Path) -> None:
         assert 0 < kind["ratio"]["min"] <= kind["ratio"]["max"]
 
 
+def test_data_speed_draws_the_same_augmentations_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    benchmark = importlib.import_module("data_speed")
+    make_demo_data(tmp_path, train_scenes=2, val_scenes=2, train_crops=20, val_crops=20, scene_size=64, crop_size=64)
+    settings = benchmark.PIPELINES["usual"]["classification"]
+    task = benchmark._task("classification", tmp_path, settings)
+    reader = TaskReader(task.dataset("train"), task.collate)
+    request = Request(7, 0, "classification", (7,) * 4, (3, 1, 4, 15))
+    (own,) = load({"classification": reader}, [request], 0, LoaderConfig(workers=0))
+    dataset, collate = benchmark._timm(tmp_path / "classification", **settings)
+    other = benchmark.Seeded(dataset, "classification", 7)
+    images, labels = collate([other[index] for index in request.indices])
+    assert torch.equal(own.data["images"], images)
+    assert torch.equal(own.data["labels"], labels)
+    assert other.seconds > 0
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("pipelines", ["usual", "light"])
 def test_data_speed_has_a_library_for_every_kind(tmp_path: Path, pipelines: str) -> None:
-    small = ["--pipelines", pipelines, "--image-size", "64", "--images", "4", "--rounds", "1", "--warmup", "0"]
-    assert list(results("data_speed", tmp_path, *small)) == ["classification", "detection", "segmentation"]
+    small = ["--pipelines", pipelines, "--image-size", "64", "--images", "4"]
+    few = ["--starts", "1", "--rounds", "1", "--warmup", "0"]
+    assert list(results("data_speed", tmp_path, *small, *few)) == [
+        "classification",
+        "detection",
+        "segmentation",
+    ]
