@@ -83,7 +83,7 @@ def close(got: Tensor, wanted: Tensor, tolerance: float = 2e-5) -> None:
 def compare(norms: list[nn.BatchNorm2d], lanes: list[tuple[int, Tensor]], policy: NormPolicy) -> None:
     wanted, (weights, biases, xs), running = explicit(norms, lanes, policy)
     outputs = cross_task_batch_norm(norms, lanes, policy)
-    targets = [torch.randn(x.shape) for x in xs]
+    targets = [torch.randn(x.shape).to(x.device) for x in xs]
     sum(((y - t) ** 2).sum() for y, t in zip(outputs, targets, strict=True)).backward()
     sum(((y - t.double()) ** 2).sum() for y, t in zip(wanted, targets, strict=True)).backward()
     for y, z in zip(outputs, wanted, strict=True):
@@ -99,6 +99,19 @@ def compare(norms: list[nn.BatchNorm2d], lanes: list[tuple[int, Tensor]], policy
         close(norm.running_var, variance)
         assert norm.num_batches_tracked == tracked
         assert norm.num_batches_tracked.dtype == torch.int64
+
+
+@pytest.mark.parametrize("lanes", [LANES, LANES[:1]])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "kind", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+)
+def test_kernels_of_every_device_and_memory_layout(kind, layout, lanes):
+    made = [
+        (slot, x.detach().to(kind).contiguous(memory_format=layout).requires_grad_())
+        for slot, x in make_lanes(lanes=lanes)
+    ]
+    compare([norm.to(kind) for norm in make_norms(3)], made, NormPolicy())
 
 
 @pytest.mark.parametrize("synchronise", [True, False])
