@@ -21,6 +21,7 @@ from busy_share import SECONDS, WEIGHTS, schedule
 from gppf_ds.simt.sampler import Sampler
 from gppf_ds.simt.usage import Owner, usage_counts
 from gppf_ds.train.feed import Feed
+from gppf_ds.train.provenance import Provenance, Record
 from gppf_ds.train.simulation import Cost, Costs, Layout, simulate
 
 AIM = 1e-3
@@ -43,9 +44,12 @@ def pieces(devices: int) -> dict[str, Callable[[int], object]]:
     units: list[Owner] = [("unit", str(layer), str(unit)) for layer in range(LAYERS) for unit in range(UNITS)]
     owners: list[Owner] = [("all",), *(("task", name) for name in WEIGHTS), *units]
     names = Feed.tasks(cast(Feed, SimpleNamespace(schedule=balanced)), 0, devices)
-    paths, valid = np.random.default_rng(0).integers(UNITS, size=(devices, LAYERS)), np.ones(devices, dtype=bool)
-    found["usage, soft"] = lambda step: usage_counts(owners, names, None, valid)
-    found["usage, hard"] = lambda step: usage_counts(owners, names, paths, valid)
+    valid, each = np.ones(devices, dtype=bool), devices // len(WEIGHTS) // UNITS
+    found["usage, soft"] = lambda step: usage_counts(owners, names, valid, {})
+    chosen = {unit: dict.fromkeys(WEIGHTS, each) for unit in units}
+    found["usage, hard"] = lambda step: usage_counts(owners, names, valid, chosen)
+    provenance = Provenance(own=[Record("", 0, name, None, "", "", 1) for name in WEIGHTS])
+    found["provenance"] = lambda step: provenance.add(names, valid, chosen, owners)
     sampler = Sampler(balanced, [100_000] * len(WEIGHTS), [8] * len(WEIGHTS))
     found["samples"] = lambda step: sampler.requests(step, [10**6] * len(WEIGHTS), range(PER_RANK), devices)
     costs = Costs({name: Cost(8, (seconds,), (0.0,), 0.0) for name, seconds in SECONDS.items()})

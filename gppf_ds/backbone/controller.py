@@ -43,8 +43,8 @@ class Route:
 class Controller(nn.Module):
     """The logits of every task, shape (layers, max units), fp32; a layer with fewer units has -inf in the rest.
 
-    It lives outside the DeepSpeed engine: the logits are tiny, every rank needs the rows of every device to know the
-    hard routes, and they keep fp32 and their own optimizer at every ZeRO stage.
+    It lives outside the DeepSpeed engine: the logits are tiny, any rank may run any task, and they keep fp32 and their
+    own optimizer at every ZeRO stage.
     """
 
     mask: Tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gppf_ds.backbone.controller import Controller, Route, temperature
 from gppf_ds.backbone.lego import LegoLayer
-from gppf_ds.backbone.moe.statistics import Routing
 from gppf_ds.config import RunConfig
 from gppf_ds.simt.audit import Audit
 from gppf_ds.simt.buffers import average_head_buffers
@@ -29,7 +28,7 @@ from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
 from gppf_ds.simt.optimizer import build_optimizer, learning_rate
 from gppf_ds.simt.partitions import partitions
 from gppf_ds.simt.reduction import LayerwiseReduction, split_into_parts
-from gppf_ds.simt.usage import ExpertUsers, Owner, divisors, owner_of, usage_counts
+from gppf_ds.simt.usage import Owner, Users, count_experts, count_units, divisors, owner_of, usage_counts
 
 
 @dataclass
@@ -43,10 +42,8 @@ class StepReport:
     skipped: str | None = None
     """Why the whole step changed nothing, if so."""
     counts: Mapping[Owner, int] = field(default_factory=dict)
-    paths: np.ndarray | None = None
-    """The unit of every layer that each device ran, (devices, layers); None where devices mix all units."""
-    experts: ExpertUsers = field(default_factory=dict)
-    """How many devices of each task sent tokens to each expert."""
+    chosen: Users = field(default_factory=dict)
+    """Who chose each unit and expert."""
     norms: Sequence[tuple[Owner, Tensor]] = ()
     """Of the fused gradient of every parameter that this rank holds, before clipping."""
 
@@ -99,6 +96,8 @@ class SimtEngine:
         self.model.backbone.detach_statistics(config.schedule.kind)
         self.shapes = {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in self.model.named_parameters()}
         self._distinct_owners = {*self.owners.values(), *(("task", task) for task in controller.logits)}
+        one_unit = max(controller.units) > 1 and (controller.frozen or config.backbone.routing == "hard")
+        self._choices = [owner for owner in self._distinct_owners if owner[0] == "unit"] if one_unit else []
         self.parameters = [(p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
         self.frozen = [(n, p) for n, p in self.model.named_parameters() if not p.requires_grad]
         # DeepSpeed's hook on a leaf module needs an input with a gradient. So do batch norms where some units are
@@ -189,11 +188,11 @@ class SimtEngine:
         self._set_learning_rate(learning_rate(step, self.config))
         if not self.model.training:  # it walks over every module
             self.engine.train()
-        paths = self._paths(tasks, step)
         losses: list[DeviceLoss] = []
+        layout = self.model.backbone.layout
         # Backward starts from the mean over the devices: what all of them use needs no more scaling.
         scale = self.loss_scale.value if self.loss_scale else 1.0 / len(tasks)
-        experts: defaultdict[Owner, Counter[str]] = defaultdict(Counter)
+        chosen: dict[Owner, Counter[str]] = {}
         valid = np.ones(len(tasks), dtype=bool)
         with self._local_gradients():
             for number, jobs in enumerate(groups, start=1):
@@ -201,17 +200,17 @@ class SimtEngine:
                     for job in jobs:
                         job.passing.images.requires_grad_()
                 loss, outcomes, routing = self.engine(jobs, scale)
-                if routing is not None:
-                    self._count_experts(routing, experts)
+                if routing is not None and layout is not None:
+                    count_experts(chosen, routing.users, layout.tasks, layout.experts)
                 losses.extend(outcomes)
                 self._head_batches.update(job.task for job in jobs)
-                valid &= self._finite_devices(jobs, outcomes, len(tasks))
+                valid &= self._agree(jobs, outcomes, len(tasks), chosen)
                 for job in jobs:
                     if not valid[job.device] and job.passing.route.weights.requires_grad:
                         # Batch statistics couple devices: other losses reach this route too, and must not count for it.
                         job.passing.route.weights.register_hook(torch.zeros_like)
                 if number == len(groups):
-                    counts = usage_counts(self._distinct_owners, tasks, paths, valid, experts)
+                    counts = usage_counts(self._distinct_owners, tasks, valid, chosen)
                     shares = divisors(counts, len(tasks), len(set(tasks)), self.config)
                     # What overflows may reach what nobody used, as nan.
                     self.reduction.begin(shares, scale, strict=bool(valid.all()) and scale <= 1.0)
@@ -226,17 +225,7 @@ class SimtEngine:
         if self.stage == 3:
             self._clear_stale_partitions(shares)
         self._update(shares, skipped)
-        return StepReport(losses, valid, skipped, counts, paths, experts, norms)
-
-    def _count_experts(self, routing: Routing, experts: defaultdict[Owner, Counter[str]]) -> None:
-        """Adds the devices that sent tokens to each expert."""
-        layout = self.model.backbone.layout
-        assert layout is not None
-        for layer, users in routing.users.items():
-            for task, row in zip(layout.tasks, users.tolist(), strict=True):
-                for expert, count in zip(layout.experts[layer], row, strict=True):
-                    if count:
-                        experts["expert", layer, str(expert)][task] += int(count)
+        return StepReport(losses, valid, skipped, counts, chosen, norms)
 
     def _update(self, shares: Mapping[Owner, int], skipped: str | None) -> None:
         """Lets the optimizers step, unless something not finite speaks against it."""
@@ -329,15 +318,6 @@ class SimtEngine:
         """Whether this rank stands for all that hold the same parameter: the first of them does."""
         return dist.get_rank(self._peers(parameter)) == 0
 
-    def _paths(self, tasks: Sequence[str], step: int) -> np.ndarray | None:
-        """Where devices run single units: those that every device of every rank chooses, (devices, layers)."""
-        if self.controller.frozen:
-            return np.array([self.controller.path(task) for task in tasks])
-        if self.config.backbone.routing == "soft":
-            return None
-        noises = (self.controller.noise(self.config.seed, step, device) for device in range(len(tasks)))
-        return np.array([self.controller.hard_path(task, noise) for task, noise in zip(tasks, noises, strict=True)])
-
     @contextmanager
     def _local_gradients(self) -> Iterator[None]:
         """DeepSpeed leaves gradients alone inside; on exit it partitions them."""
@@ -354,14 +334,27 @@ class SimtEngine:
             if shares[owner] == 0 and parameter.ds_id in partitions:
                 partitions[parameter.ds_id].zero_()
 
-    def _finite_devices(self, jobs: Sequence[Job], outcomes: Sequence[DeviceLoss], num_devices: int) -> np.ndarray:
-        """Which of all devices gave a finite loss and finite gradients, (devices,): the same answer on every rank."""
-        bad = torch.zeros(num_devices, device=self.device)
+    def _agree(
+        self, jobs: Sequence[Job], outcomes: Sequence[DeviceLoss], num_devices: int, chosen: dict[Owner, Counter[str]]
+    ) -> np.ndarray:
+        """Which of all devices gave a finite loss and finite gradients, (devices,): the same answer on every rank.
+
+        Where each runs one unit of a layer, the same message says which: their users are added to ``chosen``.
+        """
+        names = list(self.controller.logits)
+        bad = torch.zeros(num_devices)
+        ran = torch.zeros(len(names), *self.controller.mask.shape) if self._choices else torch.zeros(0)
         for job, outcome in zip(jobs, outcomes, strict=True):
             bad[job.device] = float(not outcome.finite)
+            if outcome.finite and self._choices:
+                path = torch.tensor(job.passing.route.path)
+                ran[names.index(job.task), torch.arange(len(path)), path] += 1.0
+        shared = torch.cat([bad, ran.flatten()]).to(self.device)
         if self.world_size > 1:
-            dist.all_reduce(bad)
-        return bad.cpu().numpy() == 0
+            dist.all_reduce(shared)
+        told = shared.cpu().numpy()
+        count_units(chosen, told[num_devices:].reshape(ran.shape), names, self._choices)
+        return told[:num_devices] == 0
 
     def _norms(self, valid: np.ndarray) -> list[tuple[Owner, Tensor]]:
         """See :attr:`StepReport.norms`; none where no device contributes."""

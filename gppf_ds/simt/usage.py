@@ -1,6 +1,7 @@
 """Usage counts: how many devices use each parameter in a step.
 
-They follow from the schedule and the routes alone, but for token-level experts, whose users the ranks tell each other.
+Whose heads run every rank knows from the schedule; which units and experts its own devices chose, a rank tells the
+others, so that none has to draw the routes of all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import compress
 
 import numpy as np
+from torch import Tensor
 
 from gppf_ds.config import RunConfig
 
@@ -17,8 +19,9 @@ Owner = tuple[str, ...]
 """Who decides whether a device uses a parameter: ``("all",)``, ``("task", name)``, ``("unit", layer, unit)`` or
 ``("expert", MoE layer, expert)``."""
 
-ExpertUsers = Mapping[Owner, Mapping[str, int]]
-"""How many devices of each task sent tokens to each expert."""
+Users = Mapping[Owner, Mapping[str, int]]
+"""How many valid devices of each task chose a unit, or sent tokens to an expert. With soft routes no unit is in it:
+every device uses all of them."""
 
 
 def owner_of(name: str) -> Owner:
@@ -37,43 +40,59 @@ def owner_of(name: str) -> Owner:
     return ("all",)
 
 
+def count_units(
+    chosen: dict[Owner, Counter[str]], ran: np.ndarray, tasks: Sequence[str], units: Iterable[Owner]
+) -> None:
+    """Adds the users of every unit to ``chosen``; ``ran`` counts them, shape (tasks, layers, max units)."""
+    for unit in units:
+        _, layer, number = unit
+        counts = zip(tasks, ran[:, int(layer), int(number)].tolist(), strict=True)
+        chosen.setdefault(unit, Counter()).update({task: int(count) for task, count in counts if count})
+
+
+def count_experts(
+    chosen: dict[Owner, Counter[str]],
+    users: Mapping[str, Tensor],
+    tasks: Iterable[str],
+    experts: Mapping[str, Sequence[int]],
+) -> None:
+    """Adds the users of every expert to ``chosen``; ``users`` counts them by MoE layer, shape (tasks, experts)."""
+    for layer, counts in users.items():
+        for task, row in zip(tasks, counts.tolist(), strict=True):
+            for expert, count in zip(experts[layer], row, strict=True):
+                if count:
+                    chosen.setdefault(("expert", layer, str(expert)), Counter())[task] += int(count)
+
+
 def usage_counts(
-    owners: Iterable[Owner],
-    tasks: Sequence[str],
-    paths: np.ndarray | None,
-    valid: np.ndarray,
-    experts: ExpertUsers | None = None,
+    owners: Iterable[Owner], tasks: Sequence[str], valid: np.ndarray, chosen: Users
 ) -> Mapping[Owner, int]:
     """How many devices use each owner's parameters (GPPF section 3.2, "task average"; table of methods 1.5).
 
     Args:
         owners: all owners.
         tasks: the task of every device.
-        paths: hard mode: the chosen unit, shape (devices, layers); soft mode: None, every device uses every unit.
         valid: which devices contribute to this step, shape (devices,), bool.
-        experts: the valid devices that sent tokens to each expert.
+        chosen: who chose each unit and expert.
     """
-    everyone = int(np.count_nonzero(valid))
-    by_task = Counter(tasks if everyone == len(tasks) else compress(tasks, valid.tolist()))
-    by_unit: list[np.ndarray] = []
-    if paths is not None:
-        counted = valid.astype(np.float32)  # sums of ones are exact below 2**24 devices
-        last = int(paths.max(initial=0))
-        by_unit = [counted @ (paths == unit).astype(np.float32) for unit in range(last)]
-        # Every device chooses one unit of each layer: the rest chose the last.
-        by_unit.append(everyone - sum(by_unit, np.zeros(paths.shape[1])))
-    counts: dict[Owner, int] = {}
-    for owner in owners:
-        match owner:
-            case ("task", name):
-                counts[owner] = by_task[name]
-            case ("expert", *_):
-                counts[owner] = sum((experts or {}).get(owner, {}).values())
-            case ("unit", layer, unit) if paths is not None:
-                counts[owner] = int(by_unit[int(unit)][int(layer)]) if int(unit) < len(by_unit) else 0
-            case _:
-                counts[owner] = everyone
-    return counts
+    by_task = valid_by_task(tasks, valid)
+    return {owner: sum(users_of(owner, by_task, chosen).values()) for owner in owners}
+
+
+def valid_by_task(tasks: Sequence[str], valid: np.ndarray) -> Mapping[str, int]:
+    """How many valid devices run each task; the arguments are those of :func:`usage_counts`."""
+    return Counter(tasks if valid.all() else compress(tasks, valid.tolist()))
+
+
+def users_of(owner: Owner, by_task: Mapping[str, int], chosen: Users) -> Mapping[str, int]:
+    """How many valid devices of each task use an owner's parameters, from what :func:`valid_by_task` says."""
+    match owner:
+        case ("task", name):
+            return {name: by_task.get(name, 0)}
+        case ("expert", *_):
+            return chosen.get(owner, {})
+        case _:
+            return chosen.get(owner, by_task)
 
 
 def divisors(counts: Mapping[Owner, int], num_devices: int, tasks: int, config: RunConfig) -> Mapping[Owner, int]:

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ class Observer:
         self.metrics.last_step.set(time.time())
         if report.skipped:
             self.metrics.skipped.labels(report.skipped).inc()
-        counts = {name: list(tasks).count(name) for name in self.batch_sizes}
-        images = sum(self.batch_sizes[name] for name in tasks)
+        devices = Counter(tasks)
+        counts = {name: devices[name] for name in self.batch_sizes}
+        images = sum(size * devices[name] for name, size in self.batch_sizes.items())
         self.progress.step(step, counts, losses, tau, images)
         self.spent.step(seconds, self._waited, images)
         self.split.step([batch.request.task for batch in batches], seconds, self._waited)

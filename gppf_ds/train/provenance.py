@@ -1,13 +1,12 @@
 """Provenance: which task of which run, on which data and under which licence, trained each part of a network.
 
 A part is what :func:`gppf_ds.simt.usage.owner_of` tells apart: a unit of a lego layer, a token-level expert, or the
-head of a task. The counters follow from the schedule, the routes, the valid devices and the experts' users, which every
-rank knows, so that all ranks count the same without communication.
+head of a task. The counters follow from the schedule, the valid devices and who chose what, which the engine tells
+every rank, so that all ranks count the same.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from gppf_ds.config import RunConfig
 from gppf_ds.data.catalogue import SOURCES
-from gppf_ds.simt.usage import ExpertUsers, Owner
+from gppf_ds.simt.usage import Owner, Users, users_of, valid_by_task
 from gppf_ds.tasks.task import Task
 
 
@@ -77,36 +76,22 @@ class Provenance:
             if latest is None or replace(latest, steps={}) != opened:
                 self.own.append(opened)
 
-    def add(
-        self,
-        tasks: Sequence[str],
-        paths: np.ndarray | None,
-        valid: np.ndarray,
-        learning: Iterable[Owner],
-        experts: ExpertUsers | None = None,
-    ) -> None:
+    def add(self, tasks: Sequence[str], valid: np.ndarray, chosen: Users, learning: Iterable[Owner]) -> None:
         """Counts an optimizer step that was not skipped.
 
         Args:
             tasks: of every device.
-            paths: the unit of every layer, (devices, layers), int; None where devices run all units (soft routing).
             valid: which devices contributed, (devices,), bool.
+            chosen: how many of them, of each task, chose each unit and expert.
             learning: the parts that have a parameter that learns, each once.
-            experts: how many devices of each task sent tokens to each expert.
         """
-        latest, parts = self._latest(), list(learning)
-        chosen = [None] * len(tasks) if paths is None else [tuple(path) for path in paths.tolist()]
-        devices = zip(tasks, chosen, valid, strict=True)
-        groups = Counter((task, path) for task, path, counted in devices if counted)
-        for (task, path), batches in groups.items():
-            steps = latest[task].steps
-            for part in parts:
-                if _uses(part, task, path):
-                    steps[part_name(part)] = steps.get(part_name(part), 0) + batches
-        for part, users in (experts or {}).items():
-            for task, batches in users.items() if part in parts else ():
-                steps = latest[task].steps
-                steps[part_name(part)] = steps.get(part_name(part), 0) + batches
+        latest, by_task = self._latest(), valid_by_task(tasks, valid)
+        for part in learning:
+            name = part_name(part)
+            for task, batches in users_of(part, by_task, chosen).items():
+                if batches:
+                    steps = latest[task].steps
+                    steps[name] = steps.get(name, 0) + batches
 
     def restricted(self, parts: Collection[Owner]) -> Provenance:
         """The records of a network that has only these parts."""
@@ -166,18 +151,6 @@ def describe_weights(source: str, backbone: str) -> tuple[str, str]:
     if found is None:
         return f"timm {backbone}", ""
     return f"timm {found.architecture}.{found.tag}" if found.tag else f"timm {backbone}", found.license or ""
-
-
-def _uses(part: Owner, task: str, path: tuple[int, ...] | None) -> bool:
-    match part:
-        case ("task", name):
-            return name == task
-        case ("unit", layer, unit):
-            return path is None or path[int(layer)] == int(unit)
-        case ("expert", *_):  # counted by its tokens
-            return False
-        case _:
-            return True
 
 
 def _moved(records: Iterable[Record], origins: Mapping[Owner, Owner]) -> list[Record]:

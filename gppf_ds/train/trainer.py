@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -126,9 +127,9 @@ class Trainer:
         self.state.step += 1
         if report.skipped is None:
             learning = self.engine.learning
-            self.state.provenance.add(tasks, report.paths, report.valid, learning, report.experts)
-        for name in tasks:
-            self.state.cursors[name] += self.tasks[name].batch_size
+            self.state.provenance.add(tasks, report.valid, report.chosen, learning)
+        for name, devices in Counter(tasks).items():
+            self.state.cursors[name] += devices * self.tasks[name].batch_size
 
     def _guard(self, report: StepReport) -> None:
         """Ends the run, with a checkpoint, when nothing finite has come for too long.

@@ -27,8 +27,8 @@ class Planted(Classification):
 WORLD_AVERAGE = """
 from gppf_ds.simt import engine
 
-def world_counts(owners, tasks, paths, valid, experts):
-    counts = honest(owners, tasks, paths, valid, experts)
+def world_counts(owners, tasks, valid, chosen):
+    counts = honest(owners, tasks, valid, chosen)
     return {owner: len(valid) if count else 0 for owner, count in counts.items()}
 
 honest, engine.usage_counts = engine.usage_counts, world_counts

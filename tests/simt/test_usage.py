@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import nn
 from gppf_ds.backbone.lego import LegoBackbone
 from gppf_ds.config import BackboneConfig
 from gppf_ds.simt.model import SimtModel
-from gppf_ds.simt.usage import owner_of, usage_counts
+from gppf_ds.simt.usage import Owner, Users, count_experts, count_units, owner_of, usage_counts
 
 torch.set_num_threads(1)
 
@@ -29,6 +32,19 @@ TASKS = ["a", "a", "b", "a"]
 PATHS = np.array([[0, 1], [1, 1], [0, 0], [0, 0]])
 
 
+def chosen(tasks: list[str], paths: np.ndarray | None, valid: Sequence[int]) -> Users:
+    """Who chose each of three units in every layer, as the engine puts it together; nobody chooses on soft routes."""
+    found: dict[Owner, Counter[str]] = {}
+    if paths is not None:
+        names = sorted(set(tasks))
+        ran = np.zeros((len(names), paths.shape[1], 3), dtype=np.float32)
+        for task, path, counted in zip(tasks, paths, valid, strict=True):
+            ran[names.index(task), range(len(path)), path] += counted
+        units = [("unit", str(layer), str(unit)) for layer in range(paths.shape[1]) for unit in range(3)]
+        count_units(found, ran, names, units)
+    return found
+
+
 @pytest.mark.parametrize(
     ("paths", "valid", "wanted"),
     [
@@ -41,7 +57,7 @@ PATHS = np.array([[0, 1], [1, 1], [0, 0], [0, 0]])
     ],
 )
 def test_table(paths, valid, wanted):
-    counts = usage_counts(OWNERS, TASKS, paths, np.array(valid, dtype=bool))
+    counts = usage_counts(OWNERS, TASKS, np.array(valid, dtype=bool), chosen(TASKS, paths, valid))
     assert [counts[owner] for owner in OWNERS] == wanted
 
 
@@ -52,10 +68,20 @@ def test_counts_add_up(data):
     valid = np.array(data.draw(st.lists(st.booleans(), min_size=devices, max_size=devices)))
     units = data.draw(st.lists(st.integers(0, 2), min_size=devices, max_size=devices))
     owners = [("all",), *(("task", t) for t in "abc"), *(("unit", "0", str(k)) for k in range(3))]
-    counts = usage_counts(owners, tasks, np.array(units)[:, None], valid)
+    counts = usage_counts(owners, tasks, valid, chosen(tasks, np.array(units)[:, None], valid))
     assert counts["all",] == valid.sum()
     assert sum(counts["task", t] for t in "abc") == valid.sum()
     assert sum(counts["unit", "0", str(k)] for k in range(3)) == valid.sum()
+
+
+def test_experts_are_counted_over_the_groups_of_a_step():
+    found: dict[Owner, Counter[str]] = {}
+    for users in ([[1, 0], [2, 1]], [[0, 0], [1, 0]]):
+        count_experts(found, {"3.mlp": torch.tensor(users)}, ["a", "b"], {"3.mlp": [4, 7]})
+    assert found == {("expert", "3.mlp", "4"): {"a": 1, "b": 3}, ("expert", "3.mlp", "7"): {"b": 1}}
+    owners = [("expert", "3.mlp", number) for number in ("4", "7", "9")]
+    counts = usage_counts(owners, ["a", "b", "b", "b"], np.ones(4, dtype=bool), found)
+    assert list(counts.values()) == [4, 1, 0]
 
 
 def test_names_of_the_real_model():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from gppf_ds.config import BackboneConfig, RunConfig
 from gppf_ds.data.catalogue import SOURCES
 from gppf_ds.data.licences import LICENCES
-from gppf_ds.simt.usage import Owner, usage_counts
+from gppf_ds.simt.usage import Owner, Users, usage_counts
 from gppf_ds.tasks.classification import Classification
 from gppf_ds.tasks.task import Task
 from gppf_ds.train.provenance import Provenance, Record, describe_data, describe_weights
@@ -36,8 +37,18 @@ def begun(**more: Any) -> Provenance:
 
 
 def count(made: Provenance, names: list[str], paths: Any, valid: list[bool], frozen: tuple[Owner, ...] = ()) -> None:
-    paths = None if paths is None else np.array(paths)
-    made.add(names, paths, np.array(valid), set(PARTS) - set(frozen))
+    made.add(names, np.array(valid), chosen(names, paths, valid), set(PARTS) - set(frozen))
+
+
+def chosen(names: list[str], paths: Any, valid: Any) -> Users:
+    """Who chose each unit; with soft routes (paths None) nobody chooses."""
+    if paths is None:
+        return {}
+    users: dict[Owner, Counter[str]] = {unit: Counter() for unit in UNITS}
+    for name, path, counted in zip(names, paths, valid, strict=True):
+        for layer, unit in enumerate(path):
+            users["unit", str(layer), str(unit)][name] += int(counted)
+    return users
 
 
 def steps(made: Provenance, task: str) -> dict[str, int]:
@@ -75,8 +86,9 @@ def test_over_all_tasks_the_counts_are_the_usage_counts(soft: bool) -> None:
         names = [str(name) for name in random.choice(["a", "b"], 5)]
         paths = None if soft else random.integers(0, 2, (5, 3))
         valid = random.random(5) < 0.8
-        made.add(names, paths, valid, PARTS)
-        counts = usage_counts(PARTS, names, paths, valid)
+        users = chosen(names, paths, valid)
+        made.add(names, valid, users, PARTS)
+        counts = usage_counts(PARTS, names, valid, users)
         for part in PARTS:
             total[part] += counts[part]
     for part in PARTS:
