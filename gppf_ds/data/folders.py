@@ -62,7 +62,7 @@ def read_rgb(path: Path) -> Image.Image:
     with _opened(path) as image:
         if image.mode in _DEPTH_MODES or image.mode == "F":
             raise SampleError(f"{path} has more than 8 bits per pixel (mode {image.mode}), an RGB image was expected.")
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # which copies whatever the mode is
 
 
 def read_label_map(path: Path) -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import torch
 
 from gppf_ds.config import LoaderConfig
 from gppf_ds.errors import SampleError, UserError
-from gppf_ds.seeding import SAMPLE, seed_word, set_global_generators
+from gppf_ds.seeding import SAMPLE, seed_global_generators
 from gppf_ds.simt.sampler import Request
 from gppf_ds.simt.workers import WorkerPool
 from gppf_ds.tasks.task import Dataset
@@ -55,25 +55,19 @@ class RequestDataset(torch.utils.data.Dataset[LoadedBatch | UserError]):
     def __getitem__(self, request: Request) -> LoadedBatch | UserError:
         reader = self.readers[request.task]
         unreadable: list[str] = []
-        pairs = list(zip(request.epochs, request.indices, strict=True))
-        # All words at once: in between, reading and augmenting would throw their code out of the processor's cache.
-        words = [self._word(request.task, epoch, index) for epoch, index in pairs]
         try:
             samples = [
-                self._sample(reader.dataset, request.task, epoch, index, word, unreadable)
-                for (epoch, index), word in zip(pairs, words, strict=True)
+                self._sample(reader.dataset, request.task, epoch, index, unreadable)
+                for epoch, index in zip(request.epochs, request.indices, strict=True)
             ]
         except UserError as error:
             return error
         return LoadedBatch(request, reader.collate(samples), unreadable)
 
-    def _word(self, task: str, epoch: int, index: int) -> int:
-        return seed_word(self.seed, SAMPLE, task, epoch, index)
-
-    def _sample(self, dataset: Dataset, task: str, epoch: int, index: int, word: int, unreadable: list[str]) -> Any:
+    def _sample(self, dataset: Dataset, task: str, epoch: int, index: int, unreadable: list[str]) -> Any:
         for attempt in range(MAX_ATTEMPTS):
             candidate = (index + attempt) % len(dataset)
-            set_global_generators(self._word(task, epoch, candidate) if attempt else word)
+            seed_global_generators(self.seed, SAMPLE, task, epoch, candidate)
             try:
                 return dataset[candidate]
             except (OSError, SampleError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,11 +97,11 @@ def test_noise_is_a_function_of_seed_step_and_device():
 
 
 def test_noise_does_not_touch_the_global_generators():
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    make([2]).noise(0, 0, 0)
-    torch.manual_seed(0)
+    controller = make([2])
+    before, drawn = torch.get_rng_state(), np.random.get_state()[1].copy()
+    controller.noise(0, 0, 0)
     assert torch.equal(torch.get_rng_state(), before)
+    assert np.array_equal(np.random.get_state()[1], drawn)
 
 
 @pytest.mark.parametrize("tau", [5.0, 0.01])

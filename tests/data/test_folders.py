@@ -56,9 +56,11 @@ def test_read_rgb_takes_every_8_bit_mode(tmp_path, mode):
     path = tmp_path / f"x.{'tif' if mode == 'CMYK' else 'png'}"
     Image.new("RGB", (9, 5), "white").convert(mode).save(path)
     image = read_rgb(path)
+    path.unlink()  # nothing is read later
     assert image.mode == "RGB"
     assert image.size == (9, 5)
     assert image.getpixel((8, 4)) == (255, 255, 255)
+    assert image.resize((3, 2)).getpixel((2, 1)) == (255, 255, 255)
 
 
 def test_read_label_map(tmp_path):
