@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gppf_ds.data.folders import read_rgb
+from gppf_ds.data.planes import to_planes
 from gppf_ds.data.sets.classification import SETS, open_split
 from gppf_ds.data.sets.classification_images import open_folders
 from gppf_ds.errors import UserError
@@ -198,7 +199,10 @@ class Classification(Task):
     def collate(self, samples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         """Images stay bytes until they are on the device: a quarter of the traffic."""
         images, labels = zip(*samples, strict=True)
-        return {"images": torch.stack(images), "labels": torch.tensor(labels)}
+        stacked = torch.empty(len(images), *images[0].shape, dtype=torch.uint8)
+        for image, place in zip(images, stacked, strict=True):
+            to_planes(image.permute(1, 2, 0).numpy(), place.numpy())
+        return {"images": stacked, "labels": torch.tensor(labels)}
 
     def preprocess(self, batch: dict[str, Tensor], device: torch.device, training: bool) -> Batch:
         """Targets are labels (B,), or class probabilities (B, classes) after mixup or cutmix."""

@@ -13,38 +13,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from gppf_ds.errors import SampleError, UserError
+from gppf_ds.errors import UserError
 from gppf_ds.tasks.openmm import Library, leaf_dataset, leaf_datasets, load_config, scope, walk
 from gppf_ds.tasks.openmm_index import build_dataset
+from gppf_ds.tasks.openmm_pipeline import adapted
 from gppf_ds.tasks.task import Batch, Dataset, FeatureInfo, Head, InputNormalisation, Split, Task, evenly
-
-
-class ReadGuard:
-    """A transform that reads a file: whatever fails in it is a :class:`SampleError` that names ``sample[key]``."""
-
-    def __init__(self, transform: dict[str, Any], key: str) -> None:
-        from mmengine.registry import TRANSFORMS
-
-        self.transform = TRANSFORMS.build(transform)
-        self.key = key
-
-    def __call__(self, sample: dict[str, Any]) -> Any:
-        try:
-            return self.transform(sample)
-        except Exception as error:
-            raise SampleError(f"{sample.get(self.key)} cannot be read ({error}).") from error
-
-
-def guard_reading(node: Any, keys: dict[str, str]) -> Any:
-    """A copy of a data set's configuration in which the transforms named by ``keys`` are guarded (type to path key)."""
-    if isinstance(node, list | tuple):
-        return type(node)(guard_reading(child, keys) for child in node)
-    if not isinstance(node, dict):
-        return node
-    kind = str(node.get("type", "")).rpartition(".")[2]
-    if kind in keys:
-        return {"type": ReadGuard, "transform": dict(node), "key": keys[kind]}
-    return {key: guard_reading(value, keys) for key, value in node.items()}
 
 
 class Samples:
@@ -246,7 +219,7 @@ class OpenMMTask(Task):
     def dataset(self, split: Split) -> Dataset:
         """The library's own data set and pipeline: ``train`` as configured, ``val`` with every image once."""
         with scope(self.library):
-            return Samples(self.library, build_dataset(guard_reading(self._data_config(split), self.readers)))
+            return Samples(self.library, build_dataset(adapted(self._data_config(split), self.readers)))
 
     def _data_config(self, split: Split) -> dict[str, Any]:
         """What the data set of a split is built from; runs in :func:`scope`."""
@@ -265,7 +238,7 @@ class OpenMMTask(Task):
         with scope(self.library):
             from mmengine.dataset import Compose
 
-            pipeline = Compose(guard_reading(steps, self.readers))
+            pipeline = Compose(adapted(steps, self.readers))
         return pipeline({"img_path": str(image), "img_id": 0})
 
     def collate(self, samples: list[Any]) -> Any:

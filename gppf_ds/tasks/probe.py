@@ -185,9 +185,10 @@ def openmm_dataset(task: Any, leaves: Sequence[Any], pipeline: list[Any]) -> Dat
     """
     from gppf_ds.tasks.openmm import scope
     from gppf_ds.tasks.openmm_index import build_dataset
-    from gppf_ds.tasks.openmm_task import Samples, guard_reading
+    from gppf_ds.tasks.openmm_pipeline import adapted
+    from gppf_ds.tasks.openmm_task import Samples
 
     with scope(task.library):
         parts = [{**leaf, "pipeline": pipeline} for leaf in leaves]
         config = parts[0] if len(parts) == 1 else {"type": "ConcatDataset", "datasets": parts}
-        return Samples(task.library, build_dataset(guard_reading(config, task.readers)))
+        return Samples(task.library, build_dataset(adapted(config, task.readers)))
