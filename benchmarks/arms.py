@@ -124,11 +124,14 @@ class Ddp:
         self.module = PlainNetwork(config, heads, dummy).to(device)
         self.wrapped = DistributedDataParallel(self.module, find_unused_parameters=not dummy, broadcast_buffers=False)
         self.optimizer = _optimizer(self.module, config)
+        self.clip_norm = config.optimizer.clip_norm
 
     def step(self, number: int, tasks: Sequence[str], batch: Batch) -> None:
         """One optimizer step."""
         self.optimizer.zero_grad()
         self.wrapped(number, tasks[dist.get_rank()], batch).backward()
+        if self.clip_norm:
+            nn.utils.clip_grad_norm_(self.module.network.parameters(), self.clip_norm)
         self.optimizer.step()
 
     def parameters(self) -> dict[str, Tensor]:

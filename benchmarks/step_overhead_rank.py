@@ -86,7 +86,7 @@ class Bench:
         )
 
     def compare(
-        self, theirs: Callable[..., arms.Arm], tasks: Tasks, stage: arms.Stage, only: str | None
+        self, theirs: Callable[..., arms.Arm], tasks: Tasks, stage: arms.Stage, only: str | None, clip: float = 0.0
     ) -> dict[str, Any]:
         """Ours against theirs: step times, their ratio, memory.
 
@@ -95,8 +95,10 @@ class Bench:
             tasks: what the ranks run.
             stage: of ZeRO, in both arms.
             only: the one task that the network has a head for; None for both.
+            clip: the largest norm of the gradient; 0 for any.
         """
-        config = replace(self.config, engine=replace(self.config.engine, zero_stage=stage))
+        optimizer = replace(self.config.optimizer, clip_norm=clip)
+        config = replace(self.config, optimizer=optimizer, engine=replace(self.config.engine, zero_stage=stage))
 
         def own_heads(features: FeatureInfo) -> Mapping[str, Head]:
             return {name: head for name, head in heads(features).items() if only in (None, name)}
@@ -139,6 +141,7 @@ def main() -> None:
     one = "classification"
     comparisons = {
         "mixed tasks, DDP": bench.compare(arms.Ddp, mixed, 0, None),
+        "mixed tasks, clipped, DDP": bench.compare(arms.Ddp, mixed, 0, None, clip=1.0),
         "one task, DeepSpeed ZeRO-0": bench.compare(arms.PlainDeepSpeed, single, 0, one),
         "one task, DeepSpeed ZeRO-1": bench.compare(arms.PlainDeepSpeed, single, 1, one),
     }

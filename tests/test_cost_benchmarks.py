@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark_run
 import pytest
 import torch
-from distributed.ranks import ROOT, environment
+from benchmark_run import BENCHMARKS
 from torch import nn
 
 from gppf_ds.config import LoaderConfig
@@ -19,16 +17,12 @@ from gppf_ds.data.demo import make_demo_data
 from gppf_ds.simt.loader import TaskReader, load
 from gppf_ds.simt.sampler import Request
 
-BENCHMARKS = ROOT / "benchmarks"
 TINY = ["--options", '{"layers": [1, 1, 1, 1], "channels": [16, 32, 64, 64]}', "--batch-size", "1"]
 DDP = "DDP, find_unused_parameters=True"
 
 
 def results(name: str, folder: Path, *arguments: str) -> Any:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--results", str(folder), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / f"{name}.json").read_text())["result"]
+    return benchmark_run.results(name, folder, *arguments, limit=550)["result"]
 
 
 def check_ours(cases: dict[str, Any]) -> None:

@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark_run
 import pytest
-from distributed.ranks import ROOT, environment
-
-BENCHMARKS = ROOT / "benchmarks"
+from benchmark_run import BENCHMARKS
 
 
 def results(name: str, folder: Path, *arguments: str) -> Any:
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--results", str(folder), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads((folder / f"{name}.json").read_text())["result"]
+    return benchmark_run.results(name, folder, *arguments)["result"]
 
 
 def test_busy_share_knows_the_papers_and_passes_the_aim(tmp_path: Path) -> None:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed.ranks import ROOT, environment
+from benchmark_run import BENCHMARKS, run
 
 from gppf_ds.train import recipe
 from gppf_ds.train.inherit import resolve
-
-BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture
@@ -23,13 +19,6 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Imports a script of the folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
-
-
-def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.long

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark_run
 import pytest
-from distributed.ranks import ROOT, environment
-
-BENCHMARKS = ROOT / "benchmarks"
+from benchmark_run import BENCHMARKS
 
 SAME_UPDATE = """
 import arms, harness, torch
@@ -55,12 +51,9 @@ dist.destroy_process_group()
 
 
 def results(name: str, folder: Path, *arguments: str) -> dict[str, Any]:
-    """The json of a benchmark, run with 2 ranks, and as ``"table"`` what it printed."""
-    small = ["--ranks", "2", "--warmup", "0", "--batch-size", "2", "--image-size", "64", "--results", str(folder)]
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), *small, *arguments]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {**json.loads((folder / f"{name}.json").read_text())["result"], "table": done.stdout}
+    small = ["--ranks", "2", "--warmup", "0", "--batch-size", "2", "--image-size", "64"]
+    found = benchmark_run.results(name, folder, *small, *arguments)
+    return {**found["result"], "table": found["printed"]}
 
 
 def test_ddp_with_every_task_or_one_computes_what_ours_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

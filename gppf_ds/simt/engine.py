@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from gppf_ds.simt.loss_scale import LossScale
 from gppf_ds.simt.masked import Fragment, MaskedOptimizer, fragments_of
 from gppf_ds.simt.model import DeviceLoss, HeadBank, Job, SimtModel
 from gppf_ds.simt.optimizer import build_optimizer, learning_rate
-from gppf_ds.simt.partitions import partitions
+from gppf_ds.simt.partitions import own_parts, partitions
 from gppf_ds.simt.reduction import LayerwiseReduction, split_into_parts
 from gppf_ds.simt.usage import Owner, Users, count_experts, count_units, divisors, owner_of, usage_counts
 
@@ -108,8 +109,8 @@ class SimtEngine:
         if self.stage:
             self.masked = MaskedOptimizer(self.engine.optimizer.optimizer, partitions(self.engine, self.stage))
         self.reduction = self._take_over_reduction()
-        if self.expert_parallel is not None:
-            self.expert_parallel.take_over_norm(self.engine, self.stage)
+        self._norm = torch.zeros((), device=device)
+        self._take_over_norm()
         self.audit = Audit() if config.engine.audit else None
         self._head_batches: Counter[str] = Counter()
 
@@ -122,7 +123,7 @@ class SimtEngine:
         else:
             optimizer.torch_autocast_gradscaler = None
         if self.stage == 3:
-            optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = self._own_parts
+            optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = partial(own_parts, self.rank)
         elif self.stage:
             optimizer.average_tensor = lambda tensor, dtype: None
         named = [(n, p, self.owners[n]) for n, p in self.model.named_parameters() if p.requires_grad]
@@ -130,6 +131,25 @@ class SimtEngine:
         reduction = LayerwiseReduction(parts, {p: math.prod(self.shapes[n]) for n, p, _ in named})
         self.model.backbone.after_backward = reduction.backward_reached
         return reduction
+
+    def _take_over_norm(self) -> None:
+        """Clipping goes by the norms that the step has anyway; DeepSpeed would read all gradients once more."""
+        if self.expert_parallel is not None:
+            self.expert_parallel.take_over_norm(self.engine, self.stage)
+        elif self.stage == 3:
+            self.engine.optimizer._get_norm_groups = lambda: [self._norm]
+        elif self.stage:
+            self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+        else:
+            limit = self.config.optimizer.clip_norm
+            clip = nn.utils.clip_grads_with_norm_
+            self.engine.clip_fp32_gradients = lambda: clip(self.model.parameters(), limit, self._norm)
+        if self.stage == 0:
+            self.engine.zero_grad = self._drop_gradients  # DeepSpeed's walks over every module
+
+    def _drop_gradients(self) -> None:
+        for parameter, _ in self.parameters:
+            parameter.grad = None
 
     def _rows(self) -> list[tuple[nn.Parameter, Owner]]:
         """The controller's rows that learn, each its task's."""
@@ -139,14 +159,6 @@ class SimtEngine:
         """The process group of the ranks that hold a parameter; None for all."""
         spread = self.expert_parallel
         return spread.peers if spread is not None and spread.is_spread(parameter) else None
-
-    def _own_parts(self, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
-        """Stage 3: the parts of the whole gradients that this rank steps."""
-        parts = []
-        for parameter in parameters:
-            size = parameter.partition_numel()
-            parts.append(parameter.grad.view(-1)[self.rank * size : (self.rank + 1) * size])
-        return parts
 
     @property
     def num_devices(self) -> int:
@@ -220,10 +232,8 @@ class SimtEngine:
             skipped = self._reason_to_skip(valid, norms, scale)
             if skipped is not None:
                 counts = shares = dict.fromkeys(counts, 0)
-                for parameter, _ in self.parameters:
-                    parameter.grad = None
-        if self.stage == 3:
-            self._clear_stale_partitions(shares)
+                self._drop_gradients()
+            self._norm = _total(norms) if skipped is None else torch.zeros_like(self._norm)
         self._update(shares, skipped)
         return StepReport(losses, valid, skipped, counts, chosen, norms)
 
@@ -327,13 +337,6 @@ class SimtEngine:
             with self.engine.coalesce_grad_reduction():
                 yield
 
-    def _clear_stale_partitions(self, shares: Mapping[Owner, int]) -> None:
-        """DeepSpeed keeps the reduced gradient of a parameter until the next one comes; clipping would count it."""
-        partitions = self.engine.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-        for parameter, owner in self.parameters:
-            if shares[owner] == 0 and parameter.ds_id in partitions:
-                partitions[parameter.ds_id].zero_()
-
     def _agree(
         self, jobs: Sequence[Job], outcomes: Sequence[DeviceLoss], num_devices: int, chosen: dict[Owner, Counter[str]]
     ) -> np.ndarray:
@@ -387,3 +390,8 @@ class SimtEngine:
     def _set_learning_rate(self, value: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = value
+
+
+def _total(norms: Sequence[tuple[Owner, Tensor]]) -> Tensor:
+    """The norm of all gradients together."""
+    return torch.linalg.vector_norm(torch.stack([norm for _, norm in norms]))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gppf_ds.simt.masked import Partition, Segment
 
@@ -50,3 +53,9 @@ def _of_stage_3(engine: Any) -> list[Partition]:
                 segments.append(Segment(names[parameter], start, offset, length))
         partitions.append(Partition(flat, optimizer.sub_group_to_group_id[index], segments))
     return partitions
+
+
+def own_parts(rank: int, parameters: Sequence[Any], _: torch.dtype) -> list[Tensor]:
+    """Stage 3: the parts of the whole gradients that this rank steps."""
+    sizes = [parameter.partition_numel() for parameter in parameters]
+    return [p.grad.view(-1)[rank * size : (rank + 1) * size] for p, size in zip(parameters, sizes, strict=True)]

@@ -7,6 +7,7 @@ with few parameters wait for the next one and travel together.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -52,6 +53,8 @@ def split_into_parts(
 class LayerwiseReduction:
     """Sums scaled gradients over all ranks, part by part, and leaves the task average in ``.grad``.
 
+    Whoever steps has to drop it there before the next step's reduction, which may use its memory.
+
     Args:
         parts: from :func:`split_into_parts`.
         sizes: how many values each parameter of the network has; at ZeRO 3 it does not show while it is partitioned.
@@ -62,10 +65,11 @@ class LayerwiseReduction:
         self, parts: Sequence[Part], sizes: Mapping[nn.Parameter, int], bucket_bytes: int = BUCKET_BYTES
     ) -> None:
         self.parts = parts
-        self.sizes = sizes
+        self._sizes = [_bytes_by_owner(part.get(None, ()), sizes) for part in parts[:-1]]
         self.bucket_bytes = bucket_bytes
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[Any] = []
+        self._rooms: list[Tensor] = []
         self._next = 0
         self._loss_scale, self._strict = 1.0, True
 
@@ -89,7 +93,7 @@ class LayerwiseReduction:
     def _launch(self, end: int) -> None:
         assert self.counts is not None
         ready = self.parts[self._next : end]
-        if end < len(self.parts) and self._bytes(ready) < self.bucket_bytes:
+        if end < len(self.parts) and self._bytes(self._next, end) < self.bucket_bytes:
             return
         together: dict[Any, list[tuple[nn.Parameter, Owner]]] = {}
         for part in ready:
@@ -98,20 +102,45 @@ class LayerwiseReduction:
         for peers, parameters in together.items():
             gradients = scale_for_average(parameters, self.counts, self._loss_scale, self._strict)
             if gradients and dist.get_world_size(peers) > 1:
-                self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
+                message = _joined(gradients, self._room(gradients))
+                self._flying.append(dist.all_reduce(message, group=peers, async_op=True))
         self._next = max(self._next, end)
 
-    def _bytes(self, parts: Sequence[Part]) -> int:
+    def _room(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Where the next message of the step lies: (values,).
+
+        On the CPU each has the same place in every step: pages that the system hands out anew take longer than what is
+        written to them. torch keeps the memory of GPUs itself.
+        """
+        size = sum(gradient.numel() for gradient in gradients)
+        if gradients[0].is_cuda:
+            return gradients[0].new_empty(size)
+        number = len(self._flying)
+        if number == len(self._rooms):
+            self._rooms.append(gradients[0].new_empty(0))
+        if self._rooms[number].numel() < size:
+            self._rooms[number] = gradients[0].new_empty(size)
+        return self._rooms[number][:size]
+
+    def _bytes(self, start: int, end: int) -> int:
         """Of the gradients that all ranks send: the same number on each, so that they send at the same places."""
         assert self.counts is not None
-        used = [p for part in parts for p, owner in part.get(None, ()) if self.counts[owner]]
-        return sum(p.element_size() * self.sizes[p] for p in used)
+        return sum(size for sizes in self._sizes[start:end] for owner, size in sizes.items() if self.counts[owner])
 
 
-def _joined(gradients: Sequence[Tensor]) -> Tensor:
-    """One flat tensor of all values, in which the gradients lie from now on: their memory is free, and sums need no
-    copying back."""
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+def _bytes_by_owner(
+    parameters: Sequence[tuple[nn.Parameter, Owner]], sizes: Mapping[nn.Parameter, int]
+) -> Mapping[Owner, int]:
+    found: Counter[Owner] = Counter()
+    for parameter, owner in parameters:
+        found[owner] += parameter.element_size() * sizes[parameter]
+    return found
+
+
+def _joined(gradients: Sequence[Tensor], room: Tensor) -> Tensor:
+    """The flat ``room`` with all values. The gradients lie there from now on: their own memory is free, and their sums
+    need no copying back."""
+    torch.cat([gradient.reshape(-1) for gradient in gradients], out=room)
+    for gradient, part in zip(gradients, room.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.set_(part.view_as(gradient))
-    return flat
+    return room

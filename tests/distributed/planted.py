@@ -94,7 +94,7 @@ def plant(fault: Fault) -> None:
 def _plant_in_steps(fault: Fault) -> None:
     engine: Any = SimtEngine
     honest_read, honest_step = RequestDataset.__getitem__, engine.step
-    honest_check, honest_update = engine._finite_devices, engine._update
+    honest_check, honest_update = engine._agree, engine._update
 
     def read(self: RequestDataset, request: Request) -> Any:
         if fault.kind == "corrupt" and fault.phase == "read" and request.step == fault.step:
@@ -123,7 +123,7 @@ def _plant_in_steps(fault: Fault) -> None:
         return honest_update(self, *arguments)
 
     RequestDataset.__getitem__ = read  # type: ignore[method-assign]
-    engine.step, engine._finite_devices, engine._update = step, check, update
+    engine.step, engine._agree, engine._update = step, check, update
 
 
 class _Corrupt:
