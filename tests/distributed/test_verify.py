@@ -82,6 +82,7 @@ def test_an_honest_run_passes(light_recipe: dict[str, Any], tmp_path: Path, stag
     if stage == 3:
         light_recipe["optimizer"] = {"name": "adamw", "learning_rate": 0.001}
         light_recipe["backbone"]["routing"] = "hard"
+        light_recipe["seed"] = 1  # with 0 an activation of this tiny network lies on the kink of a ReLU, at every stage
     codes, rows = verify(light_recipe, tmp_path)
     assert codes == [0, 0], rows
     assert all(row.endswith("| ok") and f"| {stage}, {precision}" in row for row in rows.values()), rows
