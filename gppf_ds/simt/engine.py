@@ -137,9 +137,9 @@ class SimtEngine:
         if self.expert_parallel is not None:
             self.expert_parallel.take_over_norm(self.engine, self.stage)
         elif self.stage == 3:
-            self.engine.optimizer._get_norm_groups = lambda: [self._norm]
-        elif self.stage:
-            self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm
+            self.engine.optimizer._get_norm_groups = lambda: [self._norm.to(self.engine.optimizer.device)]
+        elif self.stage:  # where the optimizer is offloaded, its device is the CPU
+            self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm.to(self.engine.optimizer.device)
         else:
             limit = self.config.optimizer.clip_norm
             clip = nn.utils.clip_grads_with_norm_
