@@ -134,9 +134,7 @@ class SimtEngine:
 
     def _take_over_norm(self) -> None:
         """Clipping goes by the norms that the step has anyway; DeepSpeed would read all gradients once more."""
-        if self.expert_parallel is not None:
-            self.expert_parallel.take_over_norm(self.engine, self.stage)
-        elif self.stage == 3:
+        if self.stage == 3:
             self.engine.optimizer._get_norm_groups = lambda: [self._norm.to(self.engine.optimizer.device)]
         elif self.stage:  # where the optimizer is offloaded, its device is the CPU
             self.engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm.to(self.engine.optimizer.device)
@@ -144,7 +142,6 @@ class SimtEngine:
             limit = self.config.optimizer.clip_norm
             clip = nn.utils.clip_grads_with_norm_
             self.engine.clip_fp32_gradients = lambda: clip(self.model.parameters(), limit, self._norm)
-        if self.stage == 0:
             self.engine.zero_grad = self._drop_gradients  # DeepSpeed's walks over every module
 
     def _drop_gradients(self) -> None:
@@ -233,7 +230,7 @@ class SimtEngine:
             if skipped is not None:
                 counts = shares = dict.fromkeys(counts, 0)
                 self._drop_gradients()
-            self._norm = _total(norms) if skipped is None else torch.zeros_like(self._norm)
+            self._norm = self._total(norms) if skipped is None else torch.zeros_like(self._norm)
         self._update(shares, skipped)
         return StepReport(losses, valid, skipped, counts, chosen, norms)
 
@@ -367,6 +364,12 @@ class SimtEngine:
         norms = torch._foreach_norm([gradient for gradient, _ in held])
         return [(owner, norm) for (_, owner), norm in zip(held, norms, strict=True)]
 
+    def _total(self, norms: Sequence[tuple[Owner, Tensor]]) -> Tensor:
+        """The norm of the whole gradient: a collective call where experts are spread over ranks."""
+        if self.expert_parallel is not None:
+            return self.expert_parallel.total_norm(norms)
+        return torch.linalg.vector_norm(torch.stack([norm for _, norm in norms]))
+
     def _reason_to_skip(self, valid: np.ndarray, norms: Sequence[tuple[Owner, Tensor]], scale: float) -> str | None:
         """Why this step must change nothing, if so: the same answer on every rank."""
         if not valid.any():
@@ -390,8 +393,3 @@ class SimtEngine:
     def _set_learning_rate(self, value: float) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = value
-
-
-def _total(norms: Sequence[tuple[Owner, Tensor]]) -> Tensor:
-    """The norm of all gradients together."""
-    return torch.linalg.vector_norm(torch.stack([norm for _, norm in norms]))

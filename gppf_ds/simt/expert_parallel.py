@@ -8,6 +8,7 @@ layer has one gate for all tasks and buffers of equal capacity, so that class se
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from gppf_ds.backbone.moe.exchange import ExpertGroup
 from gppf_ds.backbone.moe.mlp import MoeMlp
 from gppf_ds.errors import UserError
 from gppf_ds.simt.model import SimtModel
+from gppf_ds.simt.usage import Owner
 
 
 class ExpertParallel:
@@ -85,29 +87,20 @@ class ExpertParallel:
         split = split_params_into_different_moe_groups_for_optimizer(named)
         optimizer.param_groups = [group for group in split if group["params"]]
 
-    def take_over_norm(self, engine: Any, stage: int) -> None:
-        """The norm of the gradient for clipping: DeepSpeed's is a mean over expert groups, no norm."""
-        if stage:
-            engine.optimizer.scaled_global_norm = lambda norm_type=2: self._norm_of_partitions(engine.optimizer)
-        else:
-            engine.clip_fp32_gradients = lambda: self._clip(engine.gradient_clipping())
+    def total_norm(self, norms: Sequence[tuple[Owner, Tensor]]) -> Tensor:
+        """The norm of the whole gradient, those of other ranks' experts included: a collective call.
 
-    def _norm_of_partitions(self, optimizer: Any) -> Tensor:
-        """Every part of a gradient lies in exactly one rank's partitions."""
-        parts = [part for group in optimizer.averaged_gradients.values() for part in group or () if part is not None]
-        total = _squares(parts, parts[0])
-        dist.all_reduce(total)
-        return total.sqrt()
+        DeepSpeed's is a mean over expert groups, no norm.
 
-    def _clip(self, limit: float) -> None:
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        spread = [p.grad for p in parameters if self.is_spread(p) and p.grad is not None]
-        common = [p.grad for p in parameters if not self.is_spread(p) and p.grad is not None]
-        like = next(self.model.parameters())
-        total = _squares(spread, like)
-        dist.all_reduce(total, group=self.group.ranks)
-        norm = (total + _squares(common, like)).sqrt()
-        torch._foreach_mul_([*common, *spread], torch.clamp(limit / (norm + 1e-6), max=1.0))
+        Args:
+            norms: of the gradients of this rank's parameters, by owner.
+        """
+        spread = [owner[0] == "expert" and owner[1] in self.experts for owner, _ in norms]
+        squares = torch.stack([norm for _, norm in norms]).float().square()
+        elsewhere = squares[torch.tensor(spread, device=squares.device)].sum()
+        common = squares.sum() - elsewhere
+        dist.all_reduce(elsewhere, group=self.group.ranks)
+        return (common + elsewhere).sqrt()
 
     def gathered(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state of this rank's parameters with those of the other ranks of its expert group; a collective call."""
@@ -127,12 +120,6 @@ class ExpertParallel:
                         dist.broadcast(on_device, source, group=self.group.ranks)
                         whole[f"{prefix}{experts[slot]}.{kind}"] = on_device.cpu()
         return whole
-
-
-def _squares(tensors: list[Tensor], like: Tensor) -> Tensor:
-    if not tensors:
-        return torch.zeros((), device=like.device)
-    return torch.stack(torch._foreach_norm(tensors)).float().square().sum()
 
 
 def _mark(experts: int) -> nn.Module:

@@ -67,21 +67,22 @@ def test_a_step_with_token_level_experts_is_exact(
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "clip"),
+    ("ranks", "stage", "clip", "offload"),
     [
-        pytest.param(2, 0, 0.1, marks=pytest.mark.long),
-        pytest.param(2, 1, 0.0, marks=pytest.mark.long),
-        pytest.param(4, 0, 0.0, marks=pytest.mark.long),
-        (4, 2, 0.1),
+        pytest.param(2, 0, 0.1, False, marks=pytest.mark.long),
+        pytest.param(2, 1, 0.0, False, marks=pytest.mark.long),
+        pytest.param(4, 0, 0.0, False, marks=pytest.mark.long),
+        (2, 1, 0.1, True),
+        (4, 2, 0.1, False),
     ],
 )
 def test_a_step_with_experts_spread_over_ranks_is_exact(
-    light_recipe: dict[str, Any], tmp_path: Path, ranks: int, stage: int, clip: float
+    light_recipe: dict[str, Any], tmp_path: Path, ranks: int, stage: int, clip: float, offload: bool
 ) -> None:
     """Two ranks hold every expert once; they run other tasks, with other numbers of tokens."""
     light_recipe["backbone"] = {**FAMILIES["vit"], "units": 1, "moe": MOE | {"mlp_top_k": 2, "mlp_blocks": "every"}}
     light_recipe["schedule"] = {"kind": "static", "static": ["digits", "distance", "distance"]}
-    light_recipe["engine"] |= {"zero_stage": stage, "expert_parallel": 2}
+    light_recipe["engine"] |= {"zero_stage": stage, "expert_parallel": 2, "offload_optimizer": offload}
     verify(light_recipe, tmp_path, ranks, {"clip_norm": clip})
 
 
