@@ -97,10 +97,10 @@ class ExpertParallel:
         """
         spread = [owner[0] == "expert" and owner[1] in self.experts for owner, _ in norms]
         squares = torch.stack([norm for _, norm in norms]).float().square()
-        elsewhere = squares[torch.tensor(spread, device=squares.device)].sum()
-        common = squares.sum() - elsewhere
-        dist.all_reduce(elsewhere, group=self.group.ranks)
-        return (common + elsewhere).sqrt()
+        mask = torch.tensor(spread, device=squares.device)
+        experts = squares[mask].sum()
+        dist.all_reduce(experts, group=self.group.ranks)
+        return (squares[~mask].sum() + experts).sqrt()
 
     def gathered(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state of this rank's parameters with those of the other ranks of its expert group; a collective call."""

@@ -110,10 +110,10 @@ class LayerwiseReduction:
         """Where the next message of the step lies: (values,).
 
         On the CPU each has the same place in every step: pages that the system hands out anew take longer than what is
-        written to them. torch keeps the memory of GPUs itself.
+        written to them. Of accelerators torch keeps the memory itself.
         """
         size = sum(gradient.numel() for gradient in gradients)
-        if gradients[0].is_cuda:
+        if gradients[0].device.type != "cpu":
             return gradients[0].new_empty(size)
         number = len(self._flying)
         if number == len(self._rooms):
