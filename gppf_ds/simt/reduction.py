@@ -53,8 +53,6 @@ def split_into_parts(
 class LayerwiseReduction:
     """Sums scaled gradients over all ranks, part by part, and leaves the task average in ``.grad``.
 
-    Whoever steps has to drop it there before the next step's reduction, which may use its memory.
-
     Args:
         parts: from :func:`split_into_parts`.
         sizes: how many values each parameter of the network has; at ZeRO 3 it does not show while it is partitioned.
@@ -69,7 +67,6 @@ class LayerwiseReduction:
         self.bucket_bytes = bucket_bytes
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[Any] = []
-        self._rooms: list[Tensor] = []
         self._next = 0
         self._loss_scale, self._strict = 1.0, True
 
@@ -102,25 +99,8 @@ class LayerwiseReduction:
         for peers, parameters in together.items():
             gradients = scale_for_average(parameters, self.counts, self._loss_scale, self._strict)
             if gradients and dist.get_world_size(peers) > 1:
-                message = _joined(gradients, self._room(gradients))
-                self._flying.append(dist.all_reduce(message, group=peers, async_op=True))
+                self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
         self._next = max(self._next, end)
-
-    def _room(self, gradients: Sequence[Tensor]) -> Tensor:
-        """Where the next message of the step lies: (values,).
-
-        On the CPU each has the same place in every step: pages that the system hands out anew take longer than what is
-        written to them. Of accelerators torch keeps the memory itself.
-        """
-        size = sum(gradient.numel() for gradient in gradients)
-        if gradients[0].device.type != "cpu":
-            return gradients[0].new_empty(size)
-        number = len(self._flying)
-        if number == len(self._rooms):
-            self._rooms.append(gradients[0].new_empty(0))
-        if self._rooms[number].numel() < size:
-            self._rooms[number] = gradients[0].new_empty(size)
-        return self._rooms[number][:size]
 
     def _bytes(self, start: int, end: int) -> int:
         """Of the gradients that all ranks send: the same number on each, so that they send at the same places."""
@@ -137,10 +117,10 @@ def _bytes_by_owner(
     return found
 
 
-def _joined(gradients: Sequence[Tensor], room: Tensor) -> Tensor:
-    """The flat ``room`` with all values. The gradients lie there from now on: their own memory is free, and their sums
-    need no copying back."""
-    torch.cat([gradient.reshape(-1) for gradient in gradients], out=room)
-    for gradient, part in zip(gradients, room.split([gradient.numel() for gradient in gradients]), strict=True):
+def _joined(gradients: Sequence[Tensor]) -> Tensor:
+    """One flat tensor of all values, in which the gradients lie from now on: their memory is free, and sums need no
+    copying back."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.set_(part.view_as(gradient))
-    return room
+    return flat

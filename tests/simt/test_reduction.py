@@ -37,14 +37,6 @@ def reduction(bucket_values: int) -> LayerwiseReduction:
     return LayerwiseReduction(split_into_parts(named, rows, LAYERS, lambda _: None), sizes, 4 * bucket_values)
 
 
-def drop_gradients(made: LayerwiseReduction) -> None:
-    """As the optimizer does at the end of a step."""
-    for part in made.parts:
-        for parameters in part.values():
-            for parameter, _ in parameters:
-                parameter.grad = None
-
-
 @pytest.mark.parametrize(
     ("bucket_values", "at_layers"),
     [
@@ -75,7 +67,6 @@ def test_small_layers_wait_for_the_next(
         made.finish()
         assert sum(sent) == 3 + 30 + 10 + 1 + 2  # what nobody uses is not sent: a head, a unit, a row
         sent.clear()
-        drop_gradients(made)
 
 
 def test_gradients_stay_where_they_are_found_and_hold_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,23 +82,3 @@ def test_gradients_stay_where_they_are_found_and_hold_the_sum(monkeypatch: pytes
     for number, (parameter, gradient) in enumerate(zip(parameters, held, strict=True)):
         assert parameter.grad is gradient
         assert torch.equal(gradient, torch.full_like(parameter, number * 2 / 4))
-
-
-def test_on_the_cpu_a_message_lies_where_it_lay_in_the_step_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    places: list[tuple[int, int]] = []
-    monkeypatch.setattr(
-        dist, "all_reduce", lambda flat, **_: (places.append((flat.data_ptr(), flat.numel())), Work())[1]
-    )
-    monkeypatch.setattr(dist, "get_world_size", lambda peers: 2)
-    made = reduction(0)
-    for head in (0, 2, 0):  # in the second step the second head is in the first message too
-        made.begin(dict.fromkeys((owner_of(name) for name in SIZES), 2) | {("task", "b"): head}, 1.0, strict=True)
-        for layer in reversed(range(LAYERS)):
-            made.backward_reached(layer)
-        made.finish()
-        drop_gradients(made)
-    first, second, third = places[:3], places[3:6], places[6:]
-    assert [size for _, size in first] == [size for _, size in third] == [33, 30, 3]
-    assert [size for _, size in second] == [133, 30, 5]
-    assert [place for place, _ in third] == [place for place, _ in second]
-    assert second[1] == first[1]
