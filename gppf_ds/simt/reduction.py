@@ -21,6 +21,9 @@ from gppf_ds.simt.usage import Owner
 BUCKET_BYTES = 25 * 2**20
 """Gradients wait until so many are ready, as they do in torch's DDP: every message costs time of its own."""
 
+ALONE_BYTES = 2**20
+"""On a CPU it takes longer to copy so many into a message with others than to send one message more."""
+
 Part = Mapping[Any, Sequence[tuple[nn.Parameter, Owner]]]
 """By process group (None: all ranks), the parameters whose gradients are summed over it."""
 
@@ -65,6 +68,7 @@ class LayerwiseReduction:
         self.parts = parts
         self._sizes = [_bytes_by_owner(part.get(None, ()), sizes) for part in parts[:-1]]
         self.bucket_bytes = bucket_bytes
+        self.alone_bytes = ALONE_BYTES
         self.counts: Mapping[Owner, int] | None = None
         self._flying: list[Any] = []
         self._next = 0
@@ -98,8 +102,9 @@ class LayerwiseReduction:
                 together.setdefault(peers, []).extend(parameters)
         for peers, parameters in together.items():
             gradients = scale_for_average(parameters, self.counts, self._loss_scale, self._strict)
-            if gradients and dist.get_world_size(peers) > 1:
-                self._flying.append(dist.all_reduce(_joined(gradients), group=peers, async_op=True))
+            if dist.get_world_size(peers) > 1:
+                for message in _messages(gradients, self.alone_bytes):
+                    self._flying.append(dist.all_reduce(message, group=peers, async_op=True))
         self._next = max(self._next, end)
 
     def _bytes(self, start: int, end: int) -> int:
@@ -115,6 +120,19 @@ def _bytes_by_owner(
     for parameter, owner in parameters:
         found[owner] += parameter.element_size() * sizes[parameter]
     return found
+
+
+def _messages(gradients: Sequence[Tensor], alone_bytes: int) -> list[Tensor]:
+    """What is summed over the ranks: the short gradients as one, and on a CPU every long one where it lies."""
+    short: list[Tensor] = []
+    messages: list[Tensor] = []
+    for gradient in gradients:
+        if gradient.device.type == "cpu" and gradient.nbytes >= alone_bytes:
+            gradient.data = gradient.contiguous()  # in the same order of values on every rank
+            messages.append(gradient)
+        else:
+            short.append(gradient)
+    return [_joined(short), *messages] if short else messages
 
 
 def _joined(gradients: Sequence[Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from gppf_ds.simt.engine import SimtEngine, StepReport
 from gppf_ds.simt.job import start_distributed
 from gppf_ds.simt.model import Job, SimtModel
 from gppf_ds.simt.optimizer import learning_rate
+from gppf_ds.simt.reduction import ALONE_BYTES
 from gppf_ds.simt.schedule import Schedule
 from gppf_ds.tasks.task import Batch, Head
 
@@ -237,6 +238,7 @@ def run(case: dict, device: torch.device, first: dict[str, Tensor]) -> dict[str,
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine = SimtEngine(model, controller, config, device)
     engine.reduction.bucket_bytes = case.get("bucket_bytes", 0)  # 0: every layer's gradients leave on their own
+    engine.reduction.alone_bytes = case.get("alone_bytes", ALONE_BYTES)
     if engine.loss_scale:
         engine.loss_scale.value = case.get("loss_scale", 1024.0)
     reports = engine_run(engine, schedule, failing)

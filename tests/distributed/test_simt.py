@@ -52,10 +52,10 @@ def test_two_ranks_equal_the_reference() -> None:
         2,
         [
             {"stage": 0, "bucket_bytes": BUCKET_BYTES},
-            {"stage": 0, "routing": "hard", "clip": 0.5, "accumulation": 2},
-            {"stage": 1, "routing": "hard", "clip": 0.5, "bucket_bytes": 10_000, **adamw},
+            {"stage": 0, "routing": "hard", "clip": 0.5, "accumulation": 2, "alone_bytes": 1_000},
+            {"stage": 1, "routing": "hard", "clip": 0.5, "bucket_bytes": 10_000, "alone_bytes": 1_000, **adamw},
             {"stage": 2, "devices": 2, "checkpoint": True},
-            {"stage": 3, "routing": "hard", "clip": 0.5, "accumulation": 2},
+            {"stage": 3, "routing": "hard", "clip": 0.5, "accumulation": 2, "alone_bytes": 1_000},
             {"stage": 3, "checkpoint": True, "bucket_bytes": BUCKET_BYTES, **adamw},
         ],
     )

@@ -69,16 +69,42 @@ def test_small_layers_wait_for_the_next(
         sent.clear()
 
 
-def test_gradients_stay_where_they_are_found_and_hold_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "all_reduce", lambda flat, **_: (flat.mul_(2), Work())[1])
+@pytest.mark.parametrize(
+    ("alone_values", "messages"),
+    [(10**6, [3 + 100 + 1 + 10 + 20 + 30 + 2 + 2]), (20, [3 + 1 + 10 + 2 + 2, 100, 30, 20])],
+)
+def test_gradients_stay_where_they_are_found_and_hold_the_sum(
+    monkeypatch: pytest.MonkeyPatch, alone_values: int, messages: list[int]
+) -> None:
+    sent: list[int] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda flat, **_: (sent.append(flat.mul_(2).numel()), Work())[1])
     monkeypatch.setattr(dist, "get_world_size", lambda peers: 2)
     made = reduction(0)
+    made.alone_bytes = 4 * alone_values
     parameters = [p for part in made.parts for group in part.values() for p, _ in group]
     for number, parameter in enumerate(parameters):
         parameter.grad = torch.full_like(parameter, float(number))
     held = [parameter.grad for parameter in parameters]
     made.begin(dict.fromkeys((owner_of(name) for name in SIZES), 4), 1.0, strict=True)
     made.finish()
+    assert sent == messages
     for number, (parameter, gradient) in enumerate(zip(parameters, held, strict=True)):
         assert parameter.grad is gradient
         assert torch.equal(gradient, torch.full_like(parameter, number * 2 / 4))
+
+
+def test_a_gradient_that_travels_alone_is_sent_in_the_order_of_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda flat, **_: (sent.append(flat), Work())[1])
+    monkeypatch.setattr(dist, "get_world_size", lambda peers: 2)
+    parameter = nn.Parameter(torch.zeros(3, 4))
+    owner: Owner = ("task", "a")
+    made = LayerwiseReduction([{None: [(parameter, owner)]}], {parameter: 12})
+    made.alone_bytes = 1
+    values = torch.arange(12.0).view(3, 4)
+    parameter.grad = values.t().contiguous().t()  # as a rank may hold it whose products came out transposed
+    made.begin({owner: 1}, 1.0, strict=True)
+    made.finish()
+    assert sent[0].is_contiguous()
+    sent[0].mul_(2)
+    assert torch.equal(parameter.grad, 2 * values)
