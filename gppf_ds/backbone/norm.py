@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gppf_ds.backbone.norm_kernels import backward_sums, dense, input_gradient, moments
+
 Weighting = Literal["element", "device", "sample"]
 BatchNormRule = Callable[[Sequence[nn.BatchNorm2d], Sequence[tuple[int, Tensor]]], list[Tensor]]
 """How batch norms are computed in training: (norms, lanes) -> outputs, see :func:`cross_task_batch_norm`."""
@@ -120,7 +122,7 @@ class _CrossTaskBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
-        affine, xs = tensors[: 2 * len(plan.used)], tensors[2 * len(plan.used) :]
+        affine, xs = tensors[: 2 * len(plan.used)], [dense(x) for x in tensors[2 * len(plan.used) :]]
         channels = xs[0].shape[1]
         local = [_statistics(x, plan.policy.share(x)) for x in xs]
         pooled = torch.zeros(plan.num_slots, 2 * channels + 2, dtype=torch.float64, device=xs[0].device)
@@ -156,43 +158,33 @@ class _CrossTaskBatchNorm(torch.autograd.Function):
 
         pooled = torch.zeros(plan.num_slots, 2 * channels, dtype=torch.float64, device=xs[0].device)
         affine_grads = [torch.zeros_like(tensor) for tensor in affine]
-        direct, own_sums = [], []
+        found, own_sums = [], []
         for slot, x, mean, variance, grad in zip(plan.slots, xs, means, variances, grads[:-1], strict=True):
             index = 2 * plan.used.index(slot)
-            # With given statistics ("evaluation mode") the kernel returns dy * w / sigma, sum(dy * xhat), sum(dy).
-            dx, dot, total = torch.ops.aten.native_batch_norm_backward(
-                grad.to(x.dtype), x, affine[index], mean, variance, None, None, False, plan.eps, [True, True, True]
-            )
-            affine_grads[index] += dot
-            affine_grads[index + 1] += total
-            own = torch.cat([total, dot]).double()
+            sums = backward_sums(grad, x, mean, variance, affine[index], plan.eps)
+            affine_grads[index] += sums.dot
+            affine_grads[index + 1] += sums.dy
+            own = torch.cat([sums.dy, sums.dot]).double()
             pooled[slot] += own
-            direct.append(dx)
+            found.append(sums.grad)
             own_sums.append(own)
         if plan.policy.synchronise:
             _all_reduce(pooled, plan.policy.group)
 
         x_grads = []
-        for lane, (slot, x) in enumerate(zip(plan.slots, xs, strict=True)):
-            sums = pooled[slot] if plan.policy.synchronise else own_sums[lane]
-            weight = affine[2 * plan.used.index(slot)].double()
-            inverse = torch.rsqrt(variances[lane].double() + plan.eps)
-            # dx = w / sigma * (dy - share * (sum dy + xhat * sum dy*xhat)), written as direct - (offset + slope * x).
-            slope = weight * inverse * shares[lane] * inverse * sums[channels:]
-            offset = weight * inverse * shares[lane] * sums[:channels] - slope * means[lane].double()
-            # The correction is an affine map per channel: a batch norm with mean 0 and variance 1, in one pass.
-            zero, one = torch.zeros_like(means[lane]), torch.ones_like(means[lane])
-            correction = torch.batch_norm(x, slope.float(), offset.float(), zero, one, False, 0.0, 0.0, False)
-            x_grads.append(direct[lane].sub_(correction))
+        for lane, (slot, x, grad) in enumerate(zip(plan.slots, xs, found, strict=True)):
+            weight = affine[2 * plan.used.index(slot)]
+            dy, dot = (shares[lane] * (pooled[slot] if plan.policy.synchronise else own_sums[lane])).chunk(2)
+            x_grads.append(input_gradient(grad, x, means[lane], variances[lane], weight, plan.eps, dy, dot))
         return (None, *affine_grads, *x_grads)
 
 
 def _statistics(x: Tensor, share: float) -> Tensor:
-    """One device's row. The local moments come from a two-pass kernel, so that nothing cancels where |mean| >> std."""
-    mean, variance = torch.batch_norm_update_stats(x.float(), None, None, 0.0)
-    mean, variance = mean.double(), variance.double()
-    weights = mean.new_tensor([share, x.numel() / x.shape[1]])
-    return torch.cat([share * mean, share * (variance + mean * mean), weights])
+    """One device's row."""
+    mean, variance = (values.double() for values in moments(x))
+    # Filled on the device: numbers from the host would have to be waited for, at every norm.
+    weights = [mean.new_full((1,), number) for number in (share, x.numel() / x.shape[1])]
+    return torch.cat([share * mean, share * (variance + mean * mean), *weights])
 
 
 def _moments(row: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gppf_ds.backbone.norm import NormPolicy, cross_task_batch_norm
+from gppf_ds.backbone import norm_kernels
+from gppf_ds.backbone.norm import NormPolicy, cross_task_batch_norm, pooled_batch_norm
 
 torch.set_num_threads(1)
 
@@ -112,6 +113,72 @@ def test_kernels_of_every_device_and_memory_layout(kind, layout, lanes):
         for slot, x in make_lanes(lanes=lanes)
     ]
     compare([norm.to(kind) for norm in make_norms(3)], made, NormPolicy())
+
+
+def reduce_written_out(grad, x, mean, invstd, weight, input_g, weight_g, bias_g):
+    """batch_norm_backward_reduce as torch's Normalization.cuh computes it."""
+    assert grad.stride() == x.stride()
+    assert grad.dtype == x.dtype
+    assert mean.dtype == invstd.dtype == weight.dtype == torch.float32
+    centred = (grad.float() * (x.float() - mean.view(1, -1, 1, 1))).sum((0, 2, 3))
+    total = grad.float().sum((0, 2, 3))
+    return total, centred, centred * invstd, total
+
+
+def elemt_written_out(grad, x, mean, invstd, weight, sum_dy, sum_dy_xmu, count):
+    """batch_norm_backward_elemt, likewise."""
+    assert grad.stride() == x.stride()
+    assert {t.dtype for t in (mean, invstd, weight, sum_dy, sum_dy_xmu)} == {torch.float32}
+    assert count.dtype == torch.int32
+    mean, invstd, weight, sum_dy, sum_dy_xmu = (t.view(1, -1, 1, 1) for t in (mean, invstd, weight, sum_dy, sum_dy_xmu))
+    centre, slope = sum_dy / count.sum(), invstd * invstd * sum_dy_xmu / count.sum()
+    return ((grad.float() - centre - (x.float() - mean) * slope) * weight * invstd).to(x.dtype)
+
+
+def write_out_kernels(monkeypatch) -> None:
+    monkeypatch.setattr(norm_kernels, "fused", lambda x: True)
+    monkeypatch.setattr(torch, "batch_norm_backward_reduce", reduce_written_out)
+    monkeypatch.setattr(torch, "batch_norm_backward_elemt", elemt_written_out)
+
+
+@pytest.mark.parametrize("synchronise", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weighting", ["element", "device", "sample"])
+def test_what_the_kernels_of_a_gpu_are_told(monkeypatch, weighting, layout, synchronise):
+    """They have no CPU version: here stands what they compute, and the test above runs them where there is a GPU."""
+    write_out_kernels(monkeypatch)
+    lanes = [(k, x.detach().contiguous(memory_format=layout).requires_grad_()) for k, x in make_lanes()]
+    compare(make_norms(3), lanes, NormPolicy(weighting, synchronise))
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+def test_a_frozen_norm_beside_one_that_learns(monkeypatch, written_out):
+    if written_out:
+        write_out_kernels(monkeypatch)
+    norms, lanes = make_norms(2), make_lanes()
+    norms[1].eval()
+    plain = [norms[0], nn.BatchNorm2d(CHANNELS).eval()]
+    plain[1].load_state_dict(norms[1].state_dict())
+    copies = [(slot, x.detach().clone().requires_grad_()) for slot, x in lanes]
+    outputs = cross_task_batch_norm(norms, lanes, NormPolicy())
+    for (slot, x), (_, copy), y in zip(lanes, copies, outputs, strict=True):
+        if slot == 1:
+            wanted = plain[1](copy)
+            close(y, wanted)
+            target = torch.randn(y.shape)
+            (got,) = torch.autograd.grad((y * target).sum(), x, retain_graph=True)
+            close(got, torch.autograd.grad((wanted * target).sum(), copy)[0])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_gradient_is_laid_out_as_the_map_whatever_comes(monkeypatch, layout):
+    write_out_kernels(monkeypatch)
+    (slot, x), *_ = make_lanes()
+    x = x.detach().contiguous(memory_format=layout).requires_grad_()
+    (y,) = pooled_batch_norm(make_norms(3), [(slot, x)], NormPolicy())
+    y.sum().backward()  # its gradient is one number for all elements
+    assert x.grad.is_contiguous(memory_format=layout)
+    close(x.grad, torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("synchronise", [True, False])
