@@ -111,7 +111,7 @@ class LegoLayer(nn.Module):
             units = [unit for owner, unit in owners if owner == device]
             ys = [y for (owner, _), y in zip(owners, outputs, strict=True) if owner == device]
             if one.route.path is None or one.route.weights.requires_grad:
-                mixed.append(_WeightedSum.apply(one.route.weights[self.index, units], *ys))
+                mixed.append(_WeightedSum.apply(_of_units(one.route.weights[self.index], units), *ys))
             else:
                 mixed.append(ys[0])
         return tuple(mixed)
@@ -129,6 +129,14 @@ class LegoLayer(nn.Module):
             outputs.append(y)
             statistics += own
         return (*outputs, *statistics)
+
+
+def _of_units(weights: Tensor, units: Sequence[int]) -> Tensor:
+    """Those (n,) of ``weights`` (max units,). Indices as a list would be sent to a GPU, and waited for."""
+    first, last = units[0], units[-1]
+    if list(units) == list(range(first, last + 1)):
+        return weights[first : last + 1]
+    return torch.stack([weights[unit] for unit in units])
 
 
 class _WeightedSum(torch.autograd.Function):

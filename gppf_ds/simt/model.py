@@ -105,7 +105,7 @@ class HeadBank(nn.Module):
             terms = self.bank[job.task].loss(leaves, job.batch.targets)  # type: ignore[operator]
             loss = torch.stack([term.float() for term in terms.values()]).sum() * self.loss_weights[job.task]
             inputs = [*parameters, *leaves]
-            grads = torch.autograd.grad(loss, inputs, loss.new_tensor(loss_scale), allow_unused=True)
+            grads = torch.autograd.grad(loss, inputs, torch.full_like(loss, loss_scale), allow_unused=True)
         # A scaled gradient that overflows is the loss scaler's business: it must see it to lower the scale.
         checked = [grad for grad in grads if grad is not None and grad.numel()] if loss_scale <= 1.0 else []
         norms = torch._foreach_norm([loss.detach(), *checked])
