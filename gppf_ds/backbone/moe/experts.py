@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from gppf_ds.backbone.moe.dispatch import Dispatch
 
@@ -32,9 +33,20 @@ def linear(layers: Sequence[nn.Linear], rows: Tensor, dispatch: Dispatch) -> Ten
 def one_kernel(layers: Sequence[nn.Linear], rows: Tensor) -> bool:
     """Whether the device multiplies the rows of all these layers in one kernel, in the dtype at hand."""
     dtype = _compute_dtype(rows)
-    if not rows.is_cuda or dtype != torch.bfloat16 or torch.cuda.get_device_capability(rows.device) < (8, 0):
+    if not rows.is_cuda or dtype != torch.bfloat16 or not has_kernel(torch.cuda.get_device_capability(rows.device)):
         return False
     return not any(width * dtype.itemsize % ALIGNMENT for width in layers[0].weight.shape)
+
+
+def has_kernel(capability: tuple[int, int], version: str = torch.__version__) -> bool:
+    """Whether torch has the grouped kernel for a GPU of this compute capability.
+
+    Releases before 2.8 have none, 2.8 refuses all GPUs but Hopper's, 2.9 and later take Ampere's and newer ones.
+    """
+    release = TorchVersion(version)
+    if release < "2.9":
+        return release >= "2.8" and capability[0] == 9
+    return capability >= (8, 0)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -112,6 +112,22 @@ def test_the_ways_of_rows_have_the_gradients_of_indexing() -> None:
     assert torch.autograd.gradcheck(dispatch.collect, (rows, gates))
 
 
+@pytest.mark.parametrize(
+    ("release", "with_kernel"),
+    [
+        ("2.6.0", []),
+        ("2.7.1+cu126", []),
+        ("2.8.0+cu128", [(9, 0)]),
+        ("2.9.0", [(8, 0), (9, 0), (12, 0)]),
+        ("2.11.0+cu130", [(8, 0), (9, 0), (12, 0)]),
+    ],
+)
+def test_the_one_kernel_is_called_only_where_this_torch_has_it(
+    release: str, with_kernel: list[tuple[int, int]]
+) -> None:
+    assert [gpu for gpu in [(7, 0), (8, 0), (9, 0), (12, 0)] if experts.has_kernel(gpu, release)] == with_kernel
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_one_kernel_and_the_loop_agree(bias: bool) -> None:
     """torch has the grouped product for CPUs too, if not a fast one."""
