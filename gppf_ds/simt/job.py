@@ -75,5 +75,5 @@ def import_deepspeed() -> Any:
 def resolve_precision(wanted: str, device: torch.device) -> str:
     """fp32, bf16 or fp16 for this device."""
     if wanted == "auto":
-        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return wanted
