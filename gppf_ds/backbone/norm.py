@@ -7,7 +7,8 @@ costs one all-reduce forward and one backward, of the same size on every rank in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,11 +75,9 @@ def pooled_batch_norm(
     affine = [tensor for slot in used for tensor in (norms[slot].weight, norms[slot].bias)]
     frozen = {slot: norms[slot] for slot in used if not norms[slot].training}
     plan = _Plan(policy, norms[0].eps, len(norms), slots, used, frozen)
-    *outputs, pooled = _CrossTaskBatchNorm.apply(plan, *affine, *[x for _, x in lanes])
+    *outputs, pooled, moments = _CrossTaskBatchNorm.apply(plan, *affine, *[x for _, x in lanes])
     if not _recomputing():
-        for norm, row in zip(norms, pooled, strict=True):
-            if norm.training:
-                _update_running_statistics(norm, row)
+        _update_running_statistics(norms, pooled, moments)
     return outputs
 
 
@@ -116,83 +115,99 @@ class _Plan:
     used: list[int]
     frozen: dict[int, nn.BatchNorm2d]
 
+    @property
+    def places(self) -> Sequence[int]:
+        """For every lane the row of the statistics that it is normalised with."""
+        return self.slots if self.policy.synchronise else range(len(self.slots))
+
 
 class _CrossTaskBatchNorm(torch.autograd.Function):
-    """Rows of the pooled statistics: sum of w*mean, sum of w*E[x^2] (C each), sum of w, number of elements; float64."""
+    """Rows of the pooled statistics: sum of w*mean, sum of w*E[x^2] (C each), sum of w, number of elements; float64.
+
+    What is small is computed for all lanes or slots at once, for on a GPU every operation is a launch.
+    """
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, ...]:
         affine, xs = tensors[: 2 * len(plan.used)], [dense(x) for x in tensors[2 * len(plan.used) :]]
-        channels = xs[0].shape[1]
-        local = [_statistics(x, plan.policy.share(x)) for x in xs]
-        pooled = torch.zeros(plan.num_slots, 2 * channels + 2, dtype=torch.float64, device=xs[0].device)
-        for slot, row in zip(plan.slots, local, strict=True):
-            if slot not in plan.frozen:
-                pooled[slot] += row
+        local = _statistics(xs, plan.policy)
+        pooled = _by_slot(plan, local, plan.frozen)
         _all_reduce(pooled, plan.policy.group)
+        pooled_moments = _moments(pooled)
+        rows, found = (pooled, pooled_moments) if plan.policy.synchronise else (local, _moments(local))
 
-        outputs, means, variances, shares = [], [], [], []
-        for slot, x, own in zip(plan.slots, xs, local, strict=True):
-            row = pooled[slot] if plan.policy.synchronise else own
-            mean, variance = _running(plan.frozen[slot]) if slot in plan.frozen else _moments(row)
+        outputs, means, variances = [], [], []
+        for slot, place, x in zip(plan.slots, plan.places, xs, strict=True):
+            mean, variance = _running(plan.frozen[slot]) if slot in plan.frozen else found[place]
             weight, bias = affine[2 * plan.used.index(slot) : 2 * plan.used.index(slot) + 2]
             outputs.append(nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, plan.eps))
             means.append(mean)
             variances.append(variance)
-            # The weight of one element of this lane in the statistics that it was normalised with.
-            share = plan.policy.share(x) * channels / x.numel() / row[-2]
-            shares.append(torch.zeros_like(share) if slot in plan.frozen else share)
-        ctx.save_for_backward(*affine, *xs, *means, *variances, torch.stack(shares))
+        ctx.save_for_backward(*affine, *xs, *means, *variances, rows[:, -2:-1])
         ctx.plan = plan
-        ctx.mark_non_differentiable(pooled)
-        return (*outputs, pooled)
+        ctx.mark_non_differentiable(pooled, pooled_moments)
+        return (*outputs, pooled, pooled_moments)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        *saved, shares = ctx.saved_tensors
+        *saved, totals = ctx.saved_tensors
         count = len(plan.slots)
         affine, xs = saved[: 2 * len(plan.used)], saved[2 * len(plan.used) : -2 * count]
         means, variances = saved[-2 * count : -count], saved[-count:]
-        channels = xs[0].shape[1]
+        weights = [affine[2 * plan.used.index(slot)] for slot in plan.slots]
 
-        pooled = torch.zeros(plan.num_slots, 2 * channels, dtype=torch.float64, device=xs[0].device)
-        affine_grads = [torch.zeros_like(tensor) for tensor in affine]
-        found, own_sums = [], []
-        for slot, x, mean, variance, grad in zip(plan.slots, xs, means, variances, grads[:-1], strict=True):
-            index = 2 * plan.used.index(slot)
-            sums = backward_sums(grad, x, mean, variance, affine[index], plan.eps)
-            affine_grads[index] += sums.dot
-            affine_grads[index + 1] += sums.dy
-            own = torch.cat([sums.dy, sums.dot]).double()
-            pooled[slot] += own
-            found.append(sums.grad)
-            own_sums.append(own)
+        lanes = zip(grads[:-2], xs, means, variances, weights, strict=True)
+        sums = [backward_sums(*lane, plan.eps) for lane in lanes]
+        own = torch.stack([part for lane in sums for part in (lane.dot, lane.dy)]).double().view(count, -1)
+        pooled = _by_slot(plan, own)
+        parts = pooled.to(affine[0].dtype).unflatten(1, (2, -1))
+        affine_grads = [part for slot in plan.used for part in parts[slot]]
         if plan.policy.synchronise:
             _all_reduce(pooled, plan.policy.group)
 
+        rows = (pooled if plan.policy.synchronise else own) / totals
         x_grads = []
-        for lane, (slot, x, grad) in enumerate(zip(plan.slots, xs, found, strict=True)):
-            weight = affine[2 * plan.used.index(slot)]
-            dy, dot = (shares[lane] * (pooled[slot] if plan.policy.synchronise else own_sums[lane])).chunk(2)
-            x_grads.append(input_gradient(grad, x, means[lane], variances[lane], weight, plan.eps, dy, dot))
+        for lane, (slot, place, x) in enumerate(zip(plan.slots, plan.places, xs, strict=True)):
+            # The weight of one element of this lane in the statistics that it was normalised with.
+            share = plan.policy.share(x) * x.shape[1] / x.numel()
+            row = torch.zeros_like(rows[place]) if slot in plan.frozen else rows[place] * share
+            x_grads.append(input_gradient(sums[lane], x, means[lane], variances[lane], weights[lane], plan.eps, row))
         return (None, *affine_grads, *x_grads)
 
 
-def _statistics(x: Tensor, share: float) -> Tensor:
-    """One device's row."""
-    mean, variance = (values.double() for values in moments(x))
-    # Filled on the device: numbers from the host would have to be waited for, at every norm.
-    weights = [mean.new_full((1,), number) for number in (share, x.numel() / x.shape[1])]
-    return torch.cat([share * mean, share * (variance + mean * mean), *weights])
+def _statistics(xs: Sequence[Tensor], policy: NormPolicy) -> Tensor:
+    """The devices' rows, (lanes, 2 C + 2)."""
+    found = torch.stack([values for x in xs for values in moments(x)])
+    # Filled where they are: numbers from the host would have to be waited for.
+    rows = torch.ones(len(xs), 2 * found.shape[1] + 2, dtype=torch.float64, device=found.device)
+    mean, square = rows[:, :-2].unflatten(1, (2, -1)).copy_(found.unflatten(0, (-1, 2))).unbind(1)
+    square.addcmul_(mean, mean)
+    if policy.weighting != "element":
+        for row, x in zip(rows, xs, strict=True):
+            row[-1] = x.numel() / x.shape[1] / policy.share(x)
+    torch._foreach_mul_(list(rows.unbind(0)), [policy.share(x) for x in xs])
+    return rows
 
 
-def _moments(row: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance, fp32, (C,) each. float64 sums leave 1e-16 * mean^2 of rounding in the variance."""
-    channels = (len(row) - 2) // 2
-    mean = row[:channels] / row[-2]
-    variance = (row[channels:-2] / row[-2] - mean * mean).clamp_(min=0)
-    return mean.float(), variance.float()
+def _by_slot(plan: _Plan, rows: Tensor, but: Collection[int] = ()) -> Tensor:
+    """Sums over the lanes of each slot, (slots, n) of (lanes, n); zeros for the slots in ``but``."""
+    pooled = rows.new_zeros(plan.num_slots, rows.shape[1])
+    for slot, row in zip(plan.slots, rows, strict=True):
+        if slot not in but:
+            pooled[slot].add_(row)
+    return pooled
+
+
+def _moments(rows: Tensor) -> Tensor:
+    """Mean and biased variance of every row, fp32, (rows, 2, C); what no element came to is not a number.
+
+    float64 sums leave 1e-16 * mean^2 of rounding in the variance.
+    """
+    found = (rows[:, :-2] / rows[:, -2:-1]).unflatten(1, (2, -1))
+    mean, square = found.unbind(1)
+    square.addcmul_(mean, mean, value=-1).clamp_(min=0)
+    return found.float()
 
 
 def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -202,18 +217,21 @@ def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _update_running_statistics(norm: nn.BatchNorm2d, row: Tensor) -> None:
+def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], pooled: Tensor, moments: Tensor) -> None:
     """torch's exponential average, with the unbiased variance; left alone where no finite element came."""
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-        return
-    mean, variance = _moments(row)
-    elements = row[-1]
-    used = (elements > 1) & torch.isfinite(row).all()
-    momentum = _momentum(norm)
-    unbiased = variance * (elements / (elements - 1)).float()
-    norm.running_mean.copy_(torch.where(used, norm.running_mean.lerp(mean, momentum), norm.running_mean))
-    norm.running_var.copy_(torch.where(used, norm.running_var.lerp(unbiased, momentum), norm.running_var))
-    norm.num_batches_tracked += used
+    elements = pooled[:, -1]
+    used = (elements > 1) & (pooled.abs().sum(1) < math.inf)
+    new = moments.clone()
+    new[:, 1] *= (elements / (elements - 1)).float().unsqueeze(1)
+    new = new.nan_to_num_(0, 0, 0)  # by a weight of 0 it moves nothing
+    for slot, norm in enumerate(norms):
+        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+            continue
+        if norm.training:
+            weight = used[slot] * _momentum(norm)
+            norm.running_mean.lerp_(new[slot, 0], weight)
+            norm.running_var.lerp_(new[slot, 1], weight)
+            norm.num_batches_tracked += used[slot]
 
 
 def _momentum(norm: nn.BatchNorm2d) -> float:

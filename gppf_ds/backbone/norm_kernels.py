@@ -17,10 +17,10 @@ class BackwardSums(NamedTuple):
 
     grad: Tensor
     """Of the output, laid out as the input; on a CPU that of the input already where statistics are given."""
-    dy: Tensor
-    """Sum of the output's gradient, (C,)."""
     dot: Tensor
-    """Sum of the output's gradient times the normalised input, (C,)."""
+    """Sum of the output's gradient times the normalised input, (C,): the gradient of the weight."""
+    dy: Tensor
+    """Sum of the output's gradient, (C,): the gradient of the bias."""
 
 
 def fused(x: Tensor) -> bool:
@@ -56,31 +56,36 @@ def backward_sums(grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weigh
         grad = grad.contiguous() if x.is_contiguous() else grad.contiguous(memory_format=torch.channels_last)
         inverse = torch.rsqrt(variance + eps)
         dy, centred, _, _ = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, True, True, True)
-        return BackwardSums(grad, dy, centred * inverse)
+        return BackwardSums(grad, centred * inverse, dy)
     # With given statistics ("evaluation mode") the kernel returns dy * w / sigma, sum(dy * xhat), sum(dy).
     direct, dot, dy = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, mean, variance, None, None, False, eps, [True, True, True]
     )
-    return BackwardSums(direct, dy, dot)
+    return BackwardSums(direct, dot, dy)
 
 
 def input_gradient(
-    grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, eps: float, dy: Tensor, dot: Tensor
+    own: BackwardSums, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, eps: float, sums: Tensor
 ) -> Tensor:
-    """The second pass: w / sigma * (grad - dy - xhat * dot), with ``grad`` of :func:`backward_sums`.
+    """The second pass: w / sigma * (grad - dy - xhat * dot).
 
     Args:
-        grad, x, mean, variance, weight, eps: as in the first.
-        dy, dot: the sums over all devices times the weight of one element in the statistics, float64, (C,).
+        own: of the first.
+        x, mean, variance, weight, eps: as in the first.
+        sums: dot and dy of all devices, times the weight of one element in the statistics, float64, (2 C,).
     """
-    inverse = torch.rsqrt(variance.double() + eps)
     if fused(x):
+        dot, dy = sums.float().chunk(2)
+        inverse = torch.rsqrt(variance + eps)
         one = torch.ones(1, dtype=torch.int32, device=x.device)  # the kernel divides sums by counts; ours are divided
         return torch.batch_norm_backward_elemt(
-            grad, x, mean, inverse.float(), weight.to(mean.dtype), dy.float(), (dot / inverse).float(), one
+            own.grad, x, mean, inverse, weight.to(mean.dtype), dy, dot / inverse, one
         )
+    dot, dy = sums.chunk(2)
     # Written as direct - (offset + slope * x), an affine map per channel: a batch norm with mean 0 and variance 1.
-    slope = weight.double() * inverse * inverse * dot
-    offset = weight.double() * inverse * dy - slope * mean.double()
+    inverse = torch.rsqrt(variance.double() + eps)
+    scale = weight * inverse
+    slope = scale * inverse * dot
+    offset = scale * dy - slope * mean
     zero, unit = torch.zeros_like(mean), torch.ones_like(mean)
-    return grad.sub_(torch.batch_norm(x, slope.float(), offset.float(), zero, unit, False, 0.0, 0.0, False))
+    return own.grad.sub_(torch.batch_norm(x, slope.float(), offset.float(), zero, unit, False, 0.0, 0.0, False))
