@@ -75,9 +75,9 @@ def pooled_batch_norm(
     affine = [tensor for slot in used for tensor in (norms[slot].weight, norms[slot].bias)]
     frozen = {slot: norms[slot] for slot in used if not norms[slot].training}
     plan = _Plan(policy, norms[0].eps, len(norms), slots, used, frozen)
-    *outputs, pooled, moments = _CrossTaskBatchNorm.apply(plan, *affine, *[x for _, x in lanes])
+    *outputs, pooled, found = _CrossTaskBatchNorm.apply(plan, *affine, *[x for _, x in lanes])
     if not _recomputing():
-        _update_running_statistics(norms, pooled, moments)
+        _update_running_statistics(norms, pooled, found)
     return outputs
 
 
@@ -217,13 +217,13 @@ def _running(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], pooled: Tensor, moments: Tensor) -> None:
+def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], pooled: Tensor, found: Tensor) -> None:
     """torch's exponential average, with the unbiased variance; left alone where no finite element came."""
     elements = pooled[:, -1]
     used = (elements > 1) & (pooled.abs().sum(1) < math.inf)
-    new = moments.clone()
+    new = found.clone()
     new[:, 1] *= (elements / (elements - 1)).float().unsqueeze(1)
-    new = new.nan_to_num_(0, 0, 0)  # by a weight of 0 it moves nothing
+    new.nan_to_num_(0, 0, 0)  # by a weight of 0 it moves nothing
     for slot, norm in enumerate(norms):
         if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
             continue
