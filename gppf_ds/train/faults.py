@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import sys
@@ -25,25 +26,37 @@ _CAUSE = "cause.txt"
 def first_of_launch(topic: str) -> bool:
     """Whether this process is the first of its launch, on this machine, to ask about the topic.
 
-    Ranks that fail alike all have the same to say; this lets one of them say it, whichever it is. The claim is an
-    empty file in the folder for temporary files, named after the launcher's process and the job's address.
+    Ranks that fail alike all have the same to say; this lets one of them say it, whichever it is. The claim is a file
+    in the folder for temporary files, named after the launcher's process and the job's address. One from before this
+    process is of an earlier launch: a shell may start ranks twice with the same address.
     """
     if "RANK" not in os.environ:
         return True
     parent = os.getppid()
-    try:
-        started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        started = ""
-    key = f"{os.getuid()} {parent} {started} {_launch()} {topic}"
+    key = f"{os.getuid()} {parent} {_started(parent)} {_launch()} {topic}"
     claim = Path(tempfile.gettempdir()) / f"gppf_ds-{hashlib.sha256(key.encode()).hexdigest()[:32]}"
     try:
-        claim.touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    except OSError:
+        descriptor = os.open(claim, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(descriptor, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            claimed = float(file.read() or "-inf")
+            if claimed >= _started(os.getpid()):
+                return False
+            file.seek(0)
+            file.truncate()
+            file.write(str(time.clock_gettime(time.CLOCK_BOOTTIME)))
+    except (OSError, ValueError):
         pass  # better twice than never
     return True
+
+
+def _started(process: int) -> float:
+    """Seconds from the machine's start to the process's, rounded up; 0 where nobody may know."""
+    try:
+        ticks = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return 0.0
+    return (ticks + 1) / os.sysconf("SC_CLK_TCK")
 
 
 def fail(error: BaseException, folder: Path | None = None) -> None:

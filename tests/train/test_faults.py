@@ -45,29 +45,42 @@ FAIL = """
 import sys
 from pathlib import Path
 from gppf_ds.train import faults
+input()
 faults.fail(ArithmeticError("of this rank"), Path(sys.argv[1]))
 """
 
 
-def failed(rank: int, folder: Path, temporary: Path) -> str:
-    """What a rank of one launch prints whose error has nowhere to go."""
+def start(rank: int, folder: Path, temporary: Path) -> subprocess.Popen[str]:
+    """A rank of the one launch that is about to fail."""
     variables = {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1000", "TMPDIR": str(temporary)}
-    done = subprocess.run(
-        [sys.executable, "-c", FAIL, str(folder)], env=environment(**variables), capture_output=True, timeout=60
-    )
-    assert done.returncode == 1
-    return done.stderr.decode()
+    command = [sys.executable, "-c", FAIL, str(folder)]
+    pipes: dict[str, int] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, env=environment(**variables), text=True, **pipes)
+
+
+def failed(rank: subprocess.Popen[str]) -> str:
+    """What it prints when it fails."""
+    said = rank.communicate("\n", timeout=60)[1]
+    assert rank.returncode == 1
+    return said
 
 
 def test_the_second_rank_to_fail_names_the_file_with_the_cause(tmp_path: Path) -> None:
-    assert "ArithmeticError: of this rank" in failed(1, tmp_path / "run", tmp_path)
+    one, other = (start(rank, tmp_path / "run", tmp_path) for rank in (1, 0))
+    assert "ArithmeticError: of this rank" in failed(one)
     cause = tmp_path / "run" / "cause.txt"
     assert "rank 1 failed:" in cause.read_text()
     sentence = f"rank 0 stops because another rank failed; the cause is in {cause}\n"
-    assert failed(0, tmp_path / "run", tmp_path) == sentence
+    assert failed(other) == sentence
 
 
 def test_no_file_is_named_where_none_could_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert "ArithmeticError: of this rank" in failed(1, tmp_path / "file" / "run", tmp_path)
-    assert failed(0, tmp_path / "file" / "run", tmp_path) == "rank 0 stops because another rank failed\n"
+    one, other = (start(rank, tmp_path / "file" / "run", tmp_path) for rank in (1, 0))
+    assert "ArithmeticError: of this rank" in failed(one)
+    assert failed(other) == "rank 0 stops because another rank failed\n"
+
+
+def test_a_launch_with_the_address_of_an_earlier_one_tells_its_own_cause(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        assert "ArithmeticError: of this rank" in failed(start(0, tmp_path / folder, tmp_path))
