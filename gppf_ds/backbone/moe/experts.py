@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -38,6 +39,7 @@ def one_kernel(layers: Sequence[nn.Linear], rows: Tensor) -> bool:
     return not any(width * dtype.itemsize % ALIGNMENT for width in layers[0].weight.shape)
 
 
+@cache
 def has_kernel(capability: tuple[int, int], version: str = torch.__version__) -> bool:
     """Whether torch has the grouped kernel for a GPU of this compute capability.
 
