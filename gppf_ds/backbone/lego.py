@@ -17,6 +17,7 @@ from gppf_ds.backbone import convnext, resnet, swin, vit
 from gppf_ds.backbone.blocks import Block, Family
 from gppf_ds.backbone.controller import Route
 from gppf_ds.backbone.lockstep import Lane, Lockstep, is_stochastic
+from gppf_ds.backbone.memory_format import memory_format
 from gppf_ds.backbone.moe.convert import add_experts
 from gppf_ds.backbone.moe.layer import MoeLayer
 from gppf_ds.backbone.moe.layout import Layout
@@ -156,8 +157,9 @@ class _WeightedSum(torch.autograd.Function):
         weights, *ys = ctx.saved_tensors
         (grad,) = grads
         # A gradient in another memory layout than the maps would slow down all that comes before.
-        last = _is_channels_last(ys[0])
-        grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        order = memory_format(ys[0])
+        grad = grad.contiguous(memory_format=order)
+        last = order is torch.channels_last
         flat, *flat_ys = ((x.movedim(1, -1) if last else x).reshape(-1) for x in (grad, *ys))
         dots = torch.stack([torch.dot(flat, y) for y in flat_ys]).to(weights.dtype)
         return dots, *(grad * weight for weight in weights.to(grad.dtype))
@@ -173,10 +175,6 @@ class _ForHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return grads[0].contiguous(memory_format=torch.channels_last)
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 class LegoBackbone(nn.Module):

@@ -172,7 +172,7 @@ class _CrossTaskBatchNorm(torch.autograd.Function):
             # The weight of one element of this lane in the statistics that it was normalised with.
             share = plan.policy.share(x) * x.shape[1] / x.numel()
             row = torch.zeros_like(rows[place]) if slot in plan.frozen else rows[place] * share
-            x_grads.append(input_gradient(sums[lane], x, means[lane], variances[lane], weights[lane], plan.eps, row))
+            x_grads.append(input_gradient(sums[lane], x, means[lane], weights[lane], row))
         return (None, *affine_grads, *x_grads)
 
 
@@ -222,7 +222,7 @@ def _update_running_statistics(norms: Sequence[nn.BatchNorm2d], pooled: Tensor, 
     elements = pooled[:, -1]
     used = (elements > 1) & (pooled.abs().sum(1) < math.inf)
     new = found.clone()
-    new[:, 1] *= (elements / (elements - 1)).float().unsqueeze(1)
+    new[:, 1].mul_((elements / (elements - 1)).float().unsqueeze(1))
     new.nan_to_num_(0, 0, 0)  # by a weight of 0 it moves nothing
     for slot, norm in enumerate(norms):
         if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gppf_ds.backbone.memory_format import memory_format
+
 
 class BackwardSums(NamedTuple):
     """What one device adds to the sums of backward."""
@@ -21,6 +23,8 @@ class BackwardSums(NamedTuple):
     """Sum of the output's gradient times the normalised input, (C,): the gradient of the weight."""
     dy: Tensor
     """Sum of the output's gradient, (C,): the gradient of the bias."""
+    inverse: Tensor
+    """1 / sigma of the statistics that the input was normalised with, (C,)."""
 
 
 def fused(x: Tensor) -> bool:
@@ -30,9 +34,7 @@ def fused(x: Tensor) -> bool:
 
 def dense(x: Tensor) -> Tensor:
     """A map (B, C, *spatial) in one of the orders that kernels exist for: as it is, or copied."""
-    if x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)):
-        return x
-    return x.contiguous()
+    return x.contiguous(memory_format=memory_format(x))
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,39 +55,35 @@ def backward_sums(grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, weigh
     """
     grad = grad.to(x.dtype)
     if fused(x):
-        grad = grad.contiguous() if x.is_contiguous() else grad.contiguous(memory_format=torch.channels_last)
+        grad = grad.contiguous(memory_format=memory_format(x))
         inverse = torch.rsqrt(variance + eps)
         dy, centred, _, _ = torch.batch_norm_backward_reduce(grad, x, mean, inverse, weight, True, True, True)
-        return BackwardSums(grad, centred * inverse, dy)
+        return BackwardSums(grad, centred * inverse, dy, inverse)
     # With given statistics ("evaluation mode") the kernel returns dy * w / sigma, sum(dy * xhat), sum(dy).
     direct, dot, dy = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, mean, variance, None, None, False, eps, [True, True, True]
     )
-    return BackwardSums(direct, dot, dy)
+    return BackwardSums(direct, dot, dy, torch.rsqrt(variance.double() + eps))
 
 
-def input_gradient(
-    own: BackwardSums, x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, eps: float, sums: Tensor
-) -> Tensor:
+def input_gradient(own: BackwardSums, x: Tensor, mean: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     """The second pass: w / sigma * (grad - dy - xhat * dot).
 
     Args:
         own: of the first.
-        x, mean, variance, weight, eps: as in the first.
+        x, mean, weight: as in the first.
         sums: dot and dy of all devices, times the weight of one element in the statistics, float64, (2 C,).
     """
     if fused(x):
         dot, dy = sums.float().chunk(2)
-        inverse = torch.rsqrt(variance + eps)
         one = torch.ones(1, dtype=torch.int32, device=x.device)  # the kernel divides sums by counts; ours are divided
         return torch.batch_norm_backward_elemt(
-            own.grad, x, mean, inverse, weight.to(mean.dtype), dy, dot / inverse, one
+            own.grad, x, mean, own.inverse, weight.to(mean.dtype), dy, dot / own.inverse, one
         )
     dot, dy = sums.chunk(2)
     # Written as direct - (offset + slope * x), an affine map per channel: a batch norm with mean 0 and variance 1.
-    inverse = torch.rsqrt(variance.double() + eps)
-    scale = weight * inverse
-    slope = scale * inverse * dot
+    scale = weight * own.inverse
+    slope = scale * own.inverse * dot
     offset = scale * dy - slope * mean
     zero, unit = torch.zeros_like(mean), torch.ones_like(mean)
     return own.grad.sub_(torch.batch_norm(x, slope.float(), offset.float(), zero, unit, False, 0.0, 0.0, False))

@@ -157,13 +157,13 @@ def test_a_frozen_norm_beside_one_that_learns(monkeypatch, written_out):
         write_out_kernels(monkeypatch)
     norms, lanes = make_norms(2), make_lanes()
     norms[1].eval()
-    plain = [norms[0], nn.BatchNorm2d(CHANNELS).eval()]
-    plain[1].load_state_dict(norms[1].state_dict())
+    plain = nn.BatchNorm2d(CHANNELS).eval()
+    plain.load_state_dict(norms[1].state_dict())
     copies = [(slot, x.detach().clone().requires_grad_()) for slot, x in lanes]
     outputs = cross_task_batch_norm(norms, lanes, NormPolicy())
     for (slot, x), (_, copy), y in zip(lanes, copies, outputs, strict=True):
         if slot == 1:
-            wanted = plain[1](copy)
+            wanted = plain(copy)
             close(y, wanted)
             target = torch.randn(y.shape)
             (got,) = torch.autograd.grad((y * target).sum(), x, retain_graph=True)
